@@ -1,0 +1,18 @@
+"""The outcomes of a command and the exceptions behind them.
+
+A user's mistake is a ``ValueError`` (what was given, what is allowed, what to do). The two exceptions
+here are for what is not the user's mistake.
+"""
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 1
+EXIT_CHECK_FAILED = 2
+EXIT_INFRASTRUCTURE = 64
+
+
+class CheckFailed(Exception):
+    """A comparison or an integrity check did not hold, or could not be made. Exit code 2."""
+
+
+class InfrastructureError(Exception):
+    """The machine, not the request, is at fault: a lost worker, a full disk. Exit code 64."""
