@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HASH_BLOCK_BYTES = 1 << 22
+
+# <fcntl.h> and <linux/fs.h>
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def sync_file(path: Path) -> None:
@@ -61,33 +70,91 @@ def sha256_file(path: Path) -> str:
 def new_directory(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside ``destination`` that takes its place when the block ends well.
 
-    After a kill at any moment ``destination`` is as it was, or whole and new. A failed block removes what it wrote.
+    After a kill at any moment ``destination`` is as it was, or whole and new: the two directories are exchanged in
+    one step (``renameat2``). On a file system without that step (some network ones) the old directory is renamed
+    aside first; a kill between the two renames leaves it whole beside the destination, and the next call for the
+    same destination puts it back. A failed block removes what it wrote; what a killed process of this machine left
+    behind is removed by the next call.
 
     Raises:
         ValueError: ``destination`` exists and ``overwrite`` is false.
     """
-    destination = Path(destination)
+    destination = Path(os.path.realpath(destination))
+    _clean_up_after_killed(destination)
     if destination.exists() and not overwrite:
         raise ValueError(f"{destination} exists: choose another destination, or give --overwrite to replace it")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    beside = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = _beside(destination, "partial")
+    _remove(beside)
     beside.mkdir()
     try:
         yield beside
         sync_tree(beside)
         _replace_directory(beside, destination)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        _remove(beside)
         raise
 
 
 def _replace_directory(new: Path, destination: Path) -> None:
-    # A directory cannot be renamed over a full one: the old one steps aside first, and a kill between the two
-    # renames leaves it complete under its temporary name.
-    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")
-    if destination.exists():
-        os.replace(destination, old)
-    os.replace(new, destination)
-    sync_file(destination.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if not destination.exists():
+        os.rename(new, destination)
+        sync_file(destination.parent)
+    elif _exchange(new, destination):
+        sync_file(destination.parent)
+        _remove(new)
+    else:
+        old = _beside(destination, "old")
+        os.rename(destination, old)
+        os.rename(new, destination)
+        sync_file(destination.parent)
+        _remove(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths of one file system in one step; False where kernel, library or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(error, os.strerror(error), str(second))
+
+
+def _beside(destination: Path, suffix: str) -> Path:
+    return destination.with_name(f".{destination.name}.{socket.gethostname()}.{os.getpid()}.{suffix}")
+
+
+def _clean_up_after_killed(destination: Path) -> None:
+    """Remove or put back what processes of this machine that no longer run left beside ``destination``."""
+    pattern = re.compile(
+        re.escape(f".{destination.name}.{socket.gethostname()}.") + r"(?P<pid>[0-9]+)\.(?P<suffix>partial|old)"
+    )
+    for path in sorted(destination.parent.glob(f".{glob.escape(destination.name)}.*")):
+        match = pattern.fullmatch(path.name)
+        if match is None or _runs(int(match["pid"])):
+            continue
+        if match["suffix"] == "old" and not destination.exists():
+            os.rename(path, destination)
+        else:
+            _remove(path)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
