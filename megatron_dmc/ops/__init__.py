@@ -1,0 +1,1 @@
+"""Operations of Dynamic Memory Compression on tensors: no configuration, no engine. See ``README.md`` here."""

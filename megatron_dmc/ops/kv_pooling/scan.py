@@ -1,0 +1,103 @@
+"""The gated scan y_t = decay_t y_{t-1} + gain_t x_t, and its backward, as a two-level blocked scan.
+
+Level one runs all blocks side by side, level two carries the state from block to block: linear time and memory,
+about twice BLOCK vector operations instead of one per position. Sums are float32 (float64 for float64 inputs).
+
+Shapes: S sequence, B batch, G KV heads, D channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.precision import accumulation_dtype
+
+BLOCK = 64
+"""Positions per block. Level one takes BLOCK steps and level two S / BLOCK: equal at S = 4096."""
+
+DOT_ROWS = 512
+"""Positions per slice of a dot product over channels, so that the product needs little memory."""
+
+
+def gated_scan(decay_SBG: Tensor, gain_SBG: Tensor | None, x_SBGD: Tensor, reverse: bool = False) -> Tensor:
+    """y_t = decay_t y_{t-1} + gain_t x_t with y before the start 0; float32 [S, B, G, D].
+
+    Args:
+        decay_SBG: float32 weights of the past, within [0, 1].
+        gain_SBG: float32 weights of the inputs; None = 1.
+        x_SBGD: inputs of any dtype and strides.
+        reverse: run from the end: y_t = decay_t y_{t+1} + gain_t x_t.
+    """
+    y_SBGD = torch.empty(x_SBGD.shape, dtype=accumulation_dtype(x_SBGD.dtype), device=x_SBGD.device)
+    length = x_SBGD.shape[0]
+    whole = length - length % BLOCK
+    state = torch.zeros_like(y_SBGD[0])
+    parts = [(slice(0, whole), BLOCK), (slice(whole, length), length - whole)]
+    for part, block in reversed(parts) if reverse else parts:
+        if block and part.stop > part.start:
+            views = [None if t is None else t[part].unflatten(0, (-1, block)) for t in (decay_SBG, gain_SBG, x_SBGD)]
+            state = _scan_blocks(*views, y_SBGD[part].unflatten(0, (-1, block)), state, reverse)
+    return y_SBGD
+
+
+def _scan_blocks(decay: Tensor, gain: Tensor | None, x: Tensor, y: Tensor, state: Tensor, reverse: bool) -> Tensor:
+    """Fill ``y`` [blocks, block, B, G, D] and return the state after the last block; ``state`` enters the first."""
+    num_blocks, block = x.shape[:2]
+    steps = range(block)[::-1] if reverse else range(block)
+    reach = decay.flip(1).cumprod(1).flip(1) if reverse else decay.cumprod(1)
+    decay, reach = decay[..., None], reach[..., None]
+    for before, now in zip([None, *steps], steps):
+        if gain is None:
+            y[:, now].copy_(x[:, now])
+        else:
+            torch.mul(x[:, now], gain[:, now, ..., None], out=y[:, now])
+        if before is not None:
+            y[:, now].addcmul_(decay[:, now], y[:, before])
+    entering = torch.empty_like(y[:, 0])
+    for b in range(num_blocks)[::-1] if reverse else range(num_blocks):
+        entering[b] = state
+        state = torch.addcmul(y[b, steps[-1]], reach[b, steps[-1]], state)
+    y.addcmul_(reach, entering[:, None])
+    return state
+
+
+def gated_scan_backward(
+    decay_SBG: Tensor, gain_SBG: Tensor, x_SBGD: Tensor, y_SBGD: Tensor, grad_SBGD: Tensor, reverse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gated_scan` from its inputs, its output and the gradient of its output.
+
+    Returns:
+        float32 gradient of x [S, B, G, D], and [S, B, G] twice: <u, x - y_before>, which is the gradient of a gain
+        whose decay is 1 - gain, free of cancellation, and <u, y_before>, the gradient of the decay. Their sum is the
+        gradient of a gain that is independent of the decay.
+    """
+    u_SBGD = gated_scan(shift(decay_SBG, -1 if not reverse else 1), None, grad_SBGD, not reverse)
+    along_gate = torch.empty_like(gain_SBG)
+    along_decay = torch.empty_like(gain_SBG)
+    for start in range(0, x_SBGD.shape[0], DOT_ROWS):
+        rows = slice(start, start + DOT_ROWS)
+        u, before = u_SBGD[rows], _before(y_SBGD, rows, reverse)
+        along_decay[rows] = (u * before).sum(-1)
+        along_gate[rows] = (u * (x_SBGD[rows] - before)).sum(-1)
+    return u_SBGD.mul_(gain_SBG[..., None]), along_gate, along_decay
+
+
+def shift(x: Tensor, steps: int) -> Tensor:
+    """``x`` moved along the sequence by ``steps`` positions (positive: later), zeros moved in."""
+    moved = torch.zeros_like(x)
+    if steps >= 0:
+        moved[steps:] = x[: max(0, x.shape[0] - steps)]
+    else:
+        moved[:steps] = x[-steps:]
+    return moved
+
+
+def _before(y: Tensor, rows: slice, reverse: bool) -> Tensor:
+    """The states from which the rows were reached: the previous row, or in reverse the next; 0 at the start."""
+    stop = min(rows.stop, y.shape[0])
+    if reverse:
+        inside = y[rows.start + 1 : stop + 1]
+        return inside if stop < y.shape[0] else torch.cat((inside, torch.zeros_like(y[:1])))
+    inside = y[max(0, rows.start - 1) : stop - 1]
+    return inside if rows.start else torch.cat((torch.zeros_like(y[:1]), inside))

@@ -1,0 +1,70 @@
+"""Rotary position embedding in the rotate-half form, for training, evaluation and decoding alike.
+
+Channel d of the first half turns with channel d + D/2 by the angle position * inverse_frequency[d].
+
+Shapes: D head dim; leading dimensions broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.precision import accumulation_dtype
+
+
+class RopeScalingLike(Protocol):
+    """What :class:`megatron_dmc.llama.RopeScaling` holds."""
+
+    @property
+    def rope_type(self) -> str: ...
+    @property
+    def factor(self) -> float: ...
+    @property
+    def low_freq_factor(self) -> float: ...
+    @property
+    def high_freq_factor(self) -> float: ...
+    @property
+    def original_max_position_embeddings(self) -> int: ...
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScalingLike | None = None) -> Tensor:
+    """Angle per position of each pair of channels, float32 [D/2], radians.
+
+    Raises:
+        ValueError: odd ``head_dim``, or an unknown ``rope_type``.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim}: rotary embedding turns pairs of channels, give an even head_dim")
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "llama3":
+        return _llama3_frequencies(frequencies, scaling)
+    raise ValueError(f"rope_type={scaling.rope_type!r}: supported are 'linear' and 'llama3'")
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: RopeScalingLike) -> Tensor:
+    """Llama 3.1: long waves are stretched by ``factor``, short ones kept, those between interpolated."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def cos_sin(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles, float32 [..., D/2] for positions [...]; angles are computed in float32."""
+    angles = positions.float()[..., None] * inverse_frequencies.to(positions.device)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x`` [..., D] by ``cos`` and ``sin``, which broadcast against [..., D/2]; the dtype of ``x`` stays."""
+    dtype = accumulation_dtype(x.dtype)
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
