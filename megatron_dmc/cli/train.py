@@ -1,0 +1,44 @@
+"""``megatron-dmc train``: one stage, with Megatron's flags and ours; what torchrun or srun starts."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Register the command. Everything after its name goes to Megatron, unparsed here."""
+    parser = subparsers.add_parser(
+        "train",
+        help="one stage of a retrofit: Megatron's flags and --dmc-*",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    parser.add_argument("megatron_flags", nargs=argparse.REMAINDER)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; the exit code is judged by what was written."""
+    if {"--help", "-h"} & set(args.megatron_flags):
+        _print_help()
+        return 0
+    from megatron_dmc.training.pretrain import train
+
+    iteration = train(args.megatron_flags)
+    print(f"stage finished at iteration {iteration}", flush=True)
+    return 0
+
+
+def _print_help() -> None:
+    from megatron_dmc.training.arguments import add_dmc_arguments
+
+    parser = argparse.ArgumentParser(
+        prog="megatron-dmc train",
+        description="Runs or continues one stage. Takes every flag of Megatron's pretraining (such as "
+        "--tensor-model-parallel-size, --micro-batch-size, --train-iters, --lr) and those below. The shape of the "
+        "model comes from --pretrained-checkpoint; a run continues when --save holds its checkpoint.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--pretrained-checkpoint", metavar="DIR", help="weights to start from, imported or of a stage")
+    parser.add_argument("--save", metavar="DIR", help="checkpoints of this stage, and metrics.jsonl")
+    add_dmc_arguments(parser).print_help()

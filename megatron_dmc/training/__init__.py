@@ -1,0 +1,5 @@
+"""Continued pretraining through Megatron's own ``pretrain()``.
+
+``schedule`` and ``losses`` are pure; ``arguments``, ``data_sets``, ``forward_step`` and ``metrics`` meet Megatron;
+``pretrain`` puts them together and is the only caller of the engine.
+"""

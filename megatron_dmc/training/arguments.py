@@ -1,0 +1,135 @@
+"""Command-line flags of DMC, generated from :class:`DMCConfig`, and Megatron's defaults for a Llama."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from megatron_dmc.config import SCHEMA_VERSION, DMCConfig
+from megatron_dmc.llama import LlamaConfig
+
+LLAMA_ARGUMENTS: dict[str, str | None] = {
+    "--hidden-dropout": "0.0",
+    "--attention-dropout": "0.0",
+    "--disable-bias-linear": None,
+    "--normalization": "RMSNorm",
+    "--swiglu": None,
+    "--position-embedding-type": "rope",
+    "--dataloader-type": "single",
+    "--no-create-attention-mask-in-dataloader": None,
+    "--adam-beta1": "0.9",
+    "--adam-beta2": "0.95",
+    "--weight-decay": "0.1",
+    "--clip-grad": "1.0",
+    "--eval-interval": "1000",
+    "--log-interval": "10",
+}
+"""Megatron flags whose own defaults would sabotage the retrofit of a Llama; None marks a switch."""
+
+HOST_FLAGS: dict[str, str | None] = {
+    "--transformer-impl": "local",
+    "--distributed-backend": "gloo",
+    "--use-cpu-initialization": None,
+    "--no-persist-layer-norm": None,
+    "--no-gradient-accumulation-fusion": None,
+    "--no-masked-softmax-fusion": None,
+    "--no-bias-gelu-fusion": None,
+    "--no-bias-swiglu-fusion": None,
+    "--no-bias-dropout-fusion": None,
+    "--no-rope-fusion": None,
+    "--num-workers": "0",
+}
+"""Megatron flags that select code without CUDA extensions, for a machine without a GPU."""
+
+EXTENSION_FREE_FLAGS: dict[str, str | None] = {
+    "--transformer-impl": "local",
+    "--no-persist-layer-norm": None,
+    "--no-gradient-accumulation-fusion": None,
+    "--no-masked-softmax-fusion": None,
+}
+"""Megatron flags for a GPU without Transformer Engine and apex."""
+
+
+def add_dmc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add every field of :class:`DMCConfig` as ``--dmc-<field>``, and the flags of a run.
+
+    Megatron calls this as ``extra_args_provider``.
+    """
+    group = parser.add_argument_group("Dynamic Memory Compression")
+    for field in dataclasses.fields(DMCConfig):
+        meta = field.metadata
+        unit = f" [{meta['unit']}]" if meta["unit"] else ""
+        group.add_argument(
+            "--dmc-" + field.name.replace("_", "-"),
+            type=float if field.default is None else type(field.default),
+            default=field.default,
+            choices=meta.get("choices"),
+            help=f"{meta['help']}{unit}; source: {meta['source']} (default: {field.default})".replace("%", "%%"),
+        )
+    group.add_argument(
+        "--dmc-total-samples",
+        type=int,
+        help="train samples [sequences] of the whole recipe, all stages: fixes one data order for every stage",
+    )
+    group.add_argument(
+        "--dmc-first-sample",
+        type=int,
+        help="position in that order [sequences] where this stage starts; default: where the loaded stage stopped",
+    )
+    group.add_argument("--dmc-stop-file", help="save and leave after the step during which this file appears")
+    parser.set_defaults(dmc_schema_version=SCHEMA_VERSION)
+    return parser
+
+
+def dmc_config_from_args(args: Any) -> DMCConfig:
+    """The settings among Megatron's arguments. Raises ``ValueError`` on a value outside its range."""
+    return DMCConfig(**{field.name: getattr(args, f"dmc_{field.name}") for field in dataclasses.fields(DMCConfig)})
+
+
+def llama_flags(llama: LlamaConfig) -> dict[str, str | None]:
+    """Megatron's flags for the shape of a model. Raises ``ValueError`` where Megatron has no flag for it."""
+    flags: dict[str, str | None] = {
+        "--num-layers": str(llama.num_layers),
+        "--hidden-size": str(llama.hidden_size),
+        "--ffn-hidden-size": str(llama.ffn_hidden_size),
+        "--num-attention-heads": str(llama.num_attention_heads),
+        "--kv-channels": str(llama.head_dim),
+        "--group-query-attention": None,
+        "--num-query-groups": str(llama.num_kv_heads),
+        "--max-position-embeddings": str(llama.max_position_embeddings),
+        "--norm-epsilon": str(llama.rms_norm_eps),
+        "--rotary-base": _whole(llama.rope_theta),
+        "--tokenizer-type": "NullTokenizer",
+        "--vocab-size": str(llama.vocab_size),
+    }
+    if not llama.tie_word_embeddings:
+        flags["--untie-embeddings-and-output-weights"] = None
+    scaling = llama.rope_scaling
+    if scaling is not None and scaling.rope_type == "linear":
+        flags["--rotary-seq-len-interpolation-factor"] = _whole(scaling.factor)
+    elif scaling is not None:
+        fixed = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings)
+        if fixed != (1.0, 4.0, 8192):
+            raise ValueError(f"rope_scaling {scaling}: Megatron knows Llama 3 scaling only with 1, 4 and 8192")
+        flags |= {"--use-rope-scaling": None, "--rope-scaling-factor": str(scaling.factor)}
+    return flags
+
+
+def _whole(value: float) -> str:
+    if value != int(value):
+        raise ValueError(f"{value}: Megatron takes this rotary setting only as a whole number")
+    return str(int(value))
+
+
+def with_defaults(argv: list[str], *defaults: dict[str, str | None]) -> list[str]:
+    """``argv`` with the flags of ``defaults`` that it does not name itself in front; a later table wins."""
+    merged: dict[str, str | None] = {}
+    for table in defaults:
+        merged |= table
+    given = {argument.split("=", 1)[0] for argument in argv if argument.startswith("--")}
+    front: list[str] = []
+    for flag, value in merged.items():
+        if flag not in given:
+            front += [flag] if value is None else [flag, value]
+    return front + argv

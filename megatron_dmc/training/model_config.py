@@ -1,0 +1,49 @@
+"""Megatron's model configuration from its arguments, with DMC's settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+
+from megatron_dmc.model.config import DMCModelConfig, DMCTransformerConfig
+from megatron_dmc.training.arguments import dmc_config_from_args
+
+
+def dmc_model_config(args: Any, *, clear_borrowed_rows: bool = False) -> Any:
+    """The configuration that names our builder; Megatron's own at stage ``off``.
+
+    Args:
+        args: Megatron's parsed arguments with ``--dmc-*``.
+        clear_borrowed_rows: ``retrofit`` starts from a ``zero_out`` checkpoint.
+
+    Raises:
+        ValueError: a setting outside its range, or an argument that compressing attention cannot serve.
+    """
+    _refuse(args)
+    transformer = core_transformer_config_from_args(args, DMCTransformerConfig)
+    transformer.dmc = dmc_config_from_args(args)
+    transformer.dmc_clear_borrowed_rows = clear_borrowed_rows
+    model_config = gpt_config_from_args(args, config=transformer, model_config_cls=DMCModelConfig)
+    model_config.rope_scaling_factor = args.rope_scaling_factor
+    return model_config
+
+
+def _refuse(args: Any) -> None:
+    """Arguments that never reach the model configuration."""
+    if args.dmc_stage == "off":
+        if args.dataloader_inter_document_masking:
+            raise ValueError(
+                "--dataloader-inter-document-masking at --dmc-stage off: packed sequences need Transformer Engine's "
+                "attention, which this release does not drive; train the control without it"
+            )
+        return
+    for name, flag in (
+        ("use_megatron_fsdp", "--use-megatron-fsdp"),
+        ("use_torch_fsdp2", "--use-torch-fsdp2"),
+        ("freeze_all_layers", "freezing"),
+        ("sft", "--sft"),
+        ("spec", "--spec"),
+    ):
+        if getattr(args, name, None):
+            raise ValueError(f"{flag}: not supported with compressing attention; all weights train, without FSDP")

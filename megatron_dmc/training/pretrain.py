@@ -1,0 +1,163 @@
+"""One stage through Megatron's ``pretrain()``: the only caller of the engine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_dmc import host
+from megatron_dmc.errors import InfrastructureError
+from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.training.arguments import (
+    EXTENSION_FREE_FLAGS,
+    HOST_FLAGS,
+    LLAMA_ARGUMENTS,
+    add_dmc_arguments,
+    dmc_config_from_args,
+    llama_flags,
+    with_defaults,
+)
+from megatron_dmc.training.base_checkpoint import Start, find_start, saved_iteration
+from megatron_dmc.training.process_environment import complete_environment
+
+
+def train(argv: list[str]) -> int:
+    """Run or continue one stage in this process, one rank of a distributed job or all of it.
+
+    Args:
+        argv: Megatron's flags and ours; see ``megatron-dmc train --help``.
+
+    Returns:
+        the iteration of the checkpoint in ``--save`` (or reached, without ``--save``).
+
+    Raises:
+        ValueError: a flag, a base checkpoint or a model that cannot be trained.
+        InfrastructureError: Megatron left before the stage was done.
+    """
+    given = _read_own_flags(argv)
+    start = find_start(dmc_config_from_args(given), given.save, given.pretrained_checkpoint)
+    _check_tokens(given, start.llama)
+    argv = _complete(argv, given, start)
+    complete_environment()
+    if host.needs_cpu():
+        host.use_cpu()
+    from megatron_dmc import megatron_compat
+
+    megatron_compat.adapt_engine(cpu=host.needs_cpu())
+    iteration = _run_engine(argv, start)
+    return _check_finished(given, iteration)
+
+
+def _read_own_flags(argv: list[str]) -> argparse.Namespace:
+    """The flags that decide what is checked before Megatron is imported."""
+    parser = add_dmc_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    for flag in ("--save", "--load", "--pretrained-checkpoint", "--train-iters", "--seq-length", "--tokenizer-type"):
+        parser.add_argument(flag)
+    for flag in ("--data-path", "--train-data-path"):
+        parser.add_argument(flag, nargs="*")
+    given, _ = parser.parse_known_args(argv)
+    if given.load and given.load != given.save:
+        raise ValueError(
+            f"--load {given.load}: a stage continues from its own --save {given.save}; the weights it starts from "
+            "belong to --pretrained-checkpoint"
+        )
+    return given
+
+
+def _check_tokens(given: argparse.Namespace, llama: LlamaConfig | None) -> None:
+    if llama is None:
+        return
+    from megatron_dmc.data.manifest import read_manifest
+
+    if given.seq_length and int(given.seq_length) > llama.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length {given.seq_length}: the model was built for {llama.max_position_embeddings} positions"
+        )
+    for prefix in [*(given.data_path or []), *(given.train_data_path or [])]:
+        manifest = read_manifest(prefix)
+        if manifest is not None and manifest["vocab_size"] > llama.vocab_size:
+            raise ValueError(
+                f"{prefix} was tokenized with {manifest['vocab_size']} ids, the model has {llama.vocab_size}: "
+                "prepare the data with the model's own tokenizer"
+            )
+
+
+def _complete(argv: list[str], given: argparse.Namespace, start: Start) -> list[str]:
+    """``argv`` with what a Llama, this machine and the start of the run require; prints what it added."""
+    tables = [LLAMA_ARGUMENTS]
+    if start.llama is not None:
+        tables.append(llama_flags(start.llama))
+    if host.needs_cpu():
+        tables.append(HOST_FLAGS)
+    elif importlib.util.find_spec("transformer_engine") is None:
+        tables.append(EXTENSION_FREE_FLAGS)
+    if given.save:
+        tables.append({"--load": given.save})
+    if start.resumes:
+        argv = _without(argv, "--pretrained-checkpoint")
+    if given.dmc_first_sample is None:
+        tables.append({"--dmc-first-sample": str(start.first_sample)})
+    completed = with_defaults(argv, *tables)
+    if int(os.environ.get("RANK", "0")) == 0:
+        added = completed[: len(completed) - len(argv)]
+        print("flags set by megatron_dmc: " + " ".join(added), flush=True)
+    return completed
+
+
+def _without(argv: list[str], flag: str) -> list[str]:
+    """``argv`` less a flag and its value: a run that continues does not open its base again."""
+    kept = list(argv)
+    while flag in kept:
+        at = kept.index(flag)
+        del kept[at : at + 2]
+    return [argument for argument in kept if not argument.startswith(flag + "=")]
+
+
+def _run_engine(argv: list[str], start: Start) -> int:
+    from megatron.core.enums import ModelType
+    from megatron.training import get_args, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_dmc import megatron_compat
+    from megatron_dmc.training.data_sets import build_data_sets
+    from megatron_dmc.training.forward_step import forward_step
+    from megatron_dmc.training.metrics import StepRecorder, stop_decision
+    from megatron_dmc.training.model_config import dmc_model_config
+
+    sys.argv = [sys.argv[0], *argv]
+    args = parse_and_validate_args(extra_args_provider=add_dmc_arguments)
+    model_config = dmc_model_config(args, clear_borrowed_rows=start.clears_rows)
+    if not start.resumes:
+        args.consumed_train_samples = args.dmc_first_sample
+    recorder = StepRecorder(args.save)
+    megatron_compat.after_each_step(recorder)
+    megatron_compat.stop_when(stop_decision(recorder))
+    try:
+        pretrain(
+            cfg_container=pretrain_cfg_container_from_args(args, model_config),
+            train_valid_test_dataset_provider=build_data_sets,
+            model_type=ModelType.encoder_or_decoder,
+            forward_step_func=forward_step,
+        )
+    except SystemExit as left:
+        # Megatron leaves with status 0 also when loading fails; 16 and 17 are its rerun machine's.
+        if left.code not in (0, None):
+            raise
+    return int(get_args().curr_iteration or 0) + 1
+
+
+def _check_finished(given: argparse.Namespace, iteration: int) -> int:
+    """Judge by the files written, never by Megatron's exit status."""
+    if not given.save:
+        return iteration
+    saved = saved_iteration(given.save)
+    if saved is None:
+        raise InfrastructureError(f"Megatron left without a checkpoint in {given.save}; its last lines say why")
+    if not Path(given.save, f"iter_{saved:07d}").is_dir():
+        raise InfrastructureError(f"{given.save} names iteration {saved}, whose files are missing")
+    return saved
