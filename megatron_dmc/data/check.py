@@ -1,0 +1,142 @@
+"""Verifies data sets and Megatron's index cache before a job trusts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dmc.data.indexed import IndexedTokens, bin_path, idx_path
+from megatron_dmc.data.manifest import Manifest
+from megatron_dmc.data.tokenizer import (
+    HUGGING_FACE_FILE,
+    SENTENCEPIECE_FILE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+)
+from megatron_dmc.files import sha256_file
+from megatron_dmc.findings import Finding
+
+TOKENS_AT_ONCE = 1 << 24
+PREPARE_AGAIN = "prepare the data again"
+PROBE = (
+    "Once upon a time, in 1923, 3.14 x 10^-5 = 0.0000314.",
+    "def f(x):\n    return [x + 1 for _ in range(10)]\n\n\tif x:\r\n",
+    "  two leading spaces, two trailing  ",
+    "Łódź, naïve café, 東京, Ελλάδα, 🙂",
+)
+"""Texts on which two tokenizers must agree: numbers, code, white space, bytes outside the vocabulary."""
+
+
+def check_data_set(prefix: Path, tokenizer_path: Path | None = None) -> list[Finding]:
+    """Compare the data set at ``prefix`` with its own index, its manifest and, where given, the tokenizer.
+
+    Raises:
+        ValueError: there is no data set at ``prefix``, or it has no readable manifest.
+    """
+    manifest = Manifest.read(prefix)
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: give the prefix of a data set written by `megatron-dmc data prepare`")
+    findings = [_hash(bin_path(prefix), manifest.bin_sha256), _hash(idx_path(prefix), manifest.idx_sha256)]
+    try:
+        data = IndexedTokens(prefix)
+    except ValueError as error:
+        return [*findings, Finding(f"{prefix} index", "failed", str(error))]
+    findings += [_counts(prefix, data, manifest), _ids(prefix, data, manifest), _ends(prefix, data, manifest)]
+    if tokenizer_path is not None:
+        findings.append(_tokenizer(tokenizer_path, manifest))
+    return findings
+
+
+def check_tokenizers_agree(directory: Path) -> list[Finding]:
+    """Compare the two tokenizers of a directory that holds a sentencepiece and a Hugging Face one."""
+    paths = (directory / SENTENCEPIECE_FILE, directory / HUGGING_FACE_FILE)
+    if not all(path.is_file() for path in paths):
+        return []
+    first, second = SentencePieceTokenizer(paths[0]), HuggingFaceTokenizer(paths[1])
+    name = f"{directory}: sentencepiece and Hugging Face"
+    if first.eod != second.eod:
+        return [Finding(name, "failed", f"end of document is {first.eod} and {second.eod}", "use one of the two")]
+    for text in PROBE:
+        ids, other_ids = first.encode(text), second.encode(text)
+        if ids != other_ids:
+            detail = f"{text!r} becomes {ids[:8]}... and {other_ids[:8]}..."
+            return [Finding(name, "failed", detail, "use the tokenizer that the model was trained with")]
+    return [Finding(name, "ok", f"agree on {len(PROBE)} probes")]
+
+
+def check_cache(directory: Path) -> list[Finding]:
+    """Look at Megatron's index cache without opening a pickle: magic, type and size of every array.
+
+    Raises:
+        ValueError: ``directory`` does not exist or holds no index.
+    """
+    paths = sorted(directory.glob("*.npy"))
+    if not paths:
+        raise ValueError(f"{directory} holds no index: give the folder of --data-cache-path")
+    return [_index(path) for path in paths]
+
+
+def _hash(path: Path, expected: str) -> Finding:
+    if sha256_file(path) == expected:
+        return Finding(f"{path} SHA-256", "ok", expected[:16])
+    return Finding(f"{path} SHA-256", "failed", "differs from the manifest", PREPARE_AGAIN)
+
+
+def _counts(prefix: Path, data: IndexedTokens, manifest: Manifest) -> Finding:
+    found, expected = (len(data), len(data.tokens)), (manifest.num_documents, manifest.num_tokens)
+    detail = f"{found[0]} documents, {found[1]} tokens"
+    if found == expected:
+        return Finding(f"{prefix} index", "ok", detail)
+    return Finding(f"{prefix} index", "failed", f"{detail}, the manifest says {expected}", PREPARE_AGAIN)
+
+
+def _ids(prefix: Path, data: IndexedTokens, manifest: Manifest) -> Finding:
+    name = f"{prefix} token ids"
+    for start in range(0, len(data.tokens), TOKENS_AT_ONCE):
+        block = data.tokens[start : start + TOKENS_AT_ONCE]
+        low, high = int(block.min()), int(block.max())
+        if low < 0 or high >= manifest.vocab_size:
+            found = low if low < 0 else high
+            return Finding(name, "failed", f"id {found}: allowed are 0 to {manifest.vocab_size - 1}", PREPARE_AGAIN)
+    return Finding(name, "ok", f"all below the vocabulary of {manifest.vocab_size}")
+
+
+def _ends(prefix: Path, data: IndexedTokens, manifest: Manifest) -> Finding:
+    name = f"{prefix} documents"
+    for document in range(len(data)):
+        tokens = data.tokens_of(document)
+        if not len(tokens) or tokens[-1] != manifest.eod:
+            return Finding(name, "failed", f"document {document} does not end with id {manifest.eod}", PREPARE_AGAIN)
+    return Finding(name, "ok", f"each ends with id {manifest.eod}")
+
+
+def _tokenizer(path: Path, manifest: Manifest) -> Finding:
+    tokenizer = load_tokenizer(path)
+    if tokenizer.sha256 == manifest.tokenizer_sha256:
+        return Finding(f"{path}", "ok", "is the tokenizer of this data set")
+    return Finding(
+        f"{path}", "failed", "is not the tokenizer of this data set", "give that one, or prepare the data again"
+    )
+
+
+def _index(path: Path) -> Finding:
+    remedy = "delete it, Megatron builds it again"
+    readers: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype]]] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with open(path, "rb") as stream:
+        try:
+            shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
+        except (ValueError, KeyError) as error:
+            return Finding(str(path), "failed", f"is not a NumPy array: {error}", remedy)
+        if dtype.kind not in "iu":
+            return Finding(str(path), "failed", f"holds {dtype}, an index holds integers", remedy)
+        expected = stream.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if path.stat().st_size != expected:
+        return Finding(str(path), "failed", f"has {path.stat().st_size} bytes, its header asks for {expected}", remedy)
+    return Finding(str(path), "ok", f"{dtype} {list(shape)}")

@@ -1,0 +1,104 @@
+"""Progress with the time left: a bar on a terminal, plain lines now and then anywhere else. Both go to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+SECONDS_BETWEEN_LINES = 10.0
+
+Advance = Callable[[float], None]
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` as people say it: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def amount(value: float, unit: str) -> str:
+    """``value`` with its unit; bytes (unit ``B``) in decimal multiples."""
+    if unit != "B":
+        return f"{value:,.0f} {unit}".rstrip()
+    for multiple, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= multiple:
+            return f"{value / multiple:.1f} {name}"
+    return f"{value:.0f} B"
+
+
+@contextlib.contextmanager
+def progress(description: str, total: float | None, unit: str = "") -> Iterator[Advance]:
+    """Show how far a piece of work is. Yields ``advance(amount)``, to be called as the work goes on.
+
+    Args:
+        description: what is being done.
+        total: the whole amount, None where it is not known.
+        unit: of the amounts: ``steps``, ``documents``, or ``B`` for bytes.
+    """
+    show = _bar if sys.stderr.isatty() else _lines
+    with show(description, total, unit) as advance:
+        yield advance
+
+
+def track[Item](items: Sequence[Item] | Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Pass ``items`` on, with progress. ``total`` is needed where ``items`` has no length."""
+    length = total if total is not None else len(items) if isinstance(items, Sequence) else None
+    with progress(description, length) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextlib.contextmanager
+def _lines(description: str, total: float | None, unit: str) -> Iterator[Advance]:
+    start = last_line = time.monotonic()
+    done = 0.0
+
+    def advance(step: float) -> None:
+        nonlocal done, last_line
+        done += step
+        now = time.monotonic()
+        if now - last_line >= SECONDS_BETWEEN_LINES:
+            last_line = now
+            print(_line(description, done, total, unit, now - start), file=sys.stderr, flush=True)
+
+    yield advance
+    elapsed = time.monotonic() - start
+    print(f"{description}: {amount(done, unit)} in {duration(elapsed)}", file=sys.stderr, flush=True)
+
+
+def _line(description: str, done: float, total: float | None, unit: str, elapsed: float) -> str:
+    if not total:
+        return f"{description}: {amount(done, unit)}, {amount(done / elapsed, unit)}/s"
+    left = duration(elapsed / done * max(0.0, total - done)) if done else "unknown time"
+    return f"{description}: {done / total:.0%} ({amount(done, unit)} of {amount(total, unit)}), {left} left"
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: float | None, unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[position]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, position="")
+
+        def advance(step: float) -> None:
+            bar.advance(task, step)
+            done = bar.tasks[task].completed
+            bar.update(task, position=amount(done, unit) + (f" of {amount(total, unit)}" if total else ""))
+
+        yield advance
