@@ -27,6 +27,14 @@ LLAMA_ARGUMENTS: dict[str, str | None] = {
 }
 """Megatron flags whose own defaults would sabotage the retrofit of a Llama; None marks a switch."""
 
+STAGE_ARGUMENTS: dict[str, dict[str, str | None]] = {
+    "off": {},
+    "zero_out": {"--lr": "3e-5", "--lr-decay-style": "constant"},
+    "retrofit": {"--lr": "3e-5", "--lr-decay-style": "constant"},
+    "consolidate": {"--lr": "3e-5", "--min-lr": "3e-6", "--lr-decay-style": "cosine"},
+}
+"""The published learning-rate schedule of each stage ([DMC] section 4)."""
+
 HOST_FLAGS: dict[str, str | None] = {
     "--transformer-impl": "local",
     "--distributed-backend": "gloo",

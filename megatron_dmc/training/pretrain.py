@@ -6,8 +6,8 @@ import argparse
 import importlib.util
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_dmc import host
 from megatron_dmc.errors import InfrastructureError
@@ -16,6 +16,7 @@ from megatron_dmc.training.arguments import (
     EXTENSION_FREE_FLAGS,
     HOST_FLAGS,
     LLAMA_ARGUMENTS,
+    STAGE_ARGUMENTS,
     add_dmc_arguments,
     dmc_config_from_args,
     llama_flags,
@@ -25,21 +26,37 @@ from megatron_dmc.training.base_checkpoint import Start, find_start, saved_itera
 from megatron_dmc.training.process_environment import complete_environment
 
 
-def train(argv: list[str]) -> int:
-    """Run or continue one stage in this process, one rank of a distributed job or all of it.
+@dataclass(frozen=True)
+class Run:
+    """A checked run.
+
+    Attributes:
+        argv: all flags for Megatron's parser.
+        start: where the run starts.
+        save: directory of its checkpoints, or None.
+        train_iters: length of the stage in steps, or None.
+    """
+
+    argv: list[str]
+    start: Start
+    save: str | None
+    train_iters: int | None
+
+
+def prepare(argv: list[str]) -> Run:
+    """Check a run, complete its flags, and make this process ready for Megatron's engine.
+
+    Call it before anything of Megatron is imported: on a machine without CUDA it redirects CUDA to the CPU.
 
     Args:
         argv: Megatron's flags and ours; see ``megatron-dmc train --help``.
 
-    Returns:
-        the iteration of the checkpoint in ``--save`` (or reached, without ``--save``).
-
     Raises:
-        ValueError: a flag, a base checkpoint or a model that cannot be trained.
-        InfrastructureError: Megatron left before the stage was done.
+        ValueError: a flag, a base checkpoint or a data set that does not fit.
     """
     given = _read_own_flags(argv)
-    start = find_start(dmc_config_from_args(given), given.save, given.pretrained_checkpoint)
+    settings = dmc_config_from_args(given)
+    start = find_start(settings, given.save, given.pretrained_checkpoint)
     _check_tokens(given, start.llama)
     argv = _complete(argv, given, start)
     complete_environment()
@@ -48,8 +65,27 @@ def train(argv: list[str]) -> int:
     from megatron_dmc import megatron_compat
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
-    iteration = _run_engine(argv, start)
-    return _check_finished(given, iteration)
+    return Run(argv, start, given.save, int(given.train_iters) if given.train_iters else None)
+
+
+def train(argv: list[str]) -> int:
+    """Run or continue one stage in this process, one rank of a distributed job or all of it.
+
+    Args:
+        argv: as in :func:`prepare`.
+
+    Returns:
+        the iteration of the newest checkpoint in ``--save``; without ``--save`` the last iteration.
+
+    Raises:
+        ValueError: a flag, a base checkpoint, a data set or a model that cannot be trained.
+        InfrastructureError: Megatron left before the stage was done.
+    """
+    run = prepare(argv)
+    done = saved_iteration(run.save)
+    if done is not None and run.train_iters is not None and done >= run.train_iters:
+        return done
+    return _check_finished(run, _run_engine(run))
 
 
 def _read_own_flags(argv: list[str]) -> argparse.Namespace:
@@ -71,24 +107,26 @@ def _read_own_flags(argv: list[str]) -> argparse.Namespace:
 def _check_tokens(given: argparse.Namespace, llama: LlamaConfig | None) -> None:
     if llama is None:
         return
-    from megatron_dmc.data.manifest import read_manifest
+    from megatron_dmc.data.manifest import Manifest, manifest_path
 
     if given.seq_length and int(given.seq_length) > llama.max_position_embeddings:
         raise ValueError(
             f"--seq-length {given.seq_length}: the model was built for {llama.max_position_embeddings} positions"
         )
     for prefix in [*(given.data_path or []), *(given.train_data_path or [])]:
-        manifest = read_manifest(prefix)
-        if manifest is not None and manifest["vocab_size"] > llama.vocab_size:
+        if not manifest_path(Path(prefix)).is_file():
+            continue
+        ids = Manifest.read(prefix).vocab_size
+        if ids > llama.vocab_size:
             raise ValueError(
-                f"{prefix} was tokenized with {manifest['vocab_size']} ids, the model has {llama.vocab_size}: "
-                "prepare the data with the model's own tokenizer"
+                f"{prefix} was tokenized with {ids} ids, the model has {llama.vocab_size}: prepare the data with the "
+                "model's own tokenizer"
             )
 
 
 def _complete(argv: list[str], given: argparse.Namespace, start: Start) -> list[str]:
     """``argv`` with what a Llama, this machine and the start of the run require; prints what it added."""
-    tables = [LLAMA_ARGUMENTS]
+    tables = [LLAMA_ARGUMENTS, STAGE_ARGUMENTS[given.dmc_stage]]
     if start.llama is not None:
         tables.append(llama_flags(start.llama))
     if host.needs_cpu():
@@ -117,7 +155,7 @@ def _without(argv: list[str], flag: str) -> list[str]:
     return [argument for argument in kept if not argument.startswith(flag + "=")]
 
 
-def _run_engine(argv: list[str], start: Start) -> int:
+def _run_engine(run: Run) -> int:
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -129,10 +167,10 @@ def _run_engine(argv: list[str], start: Start) -> int:
     from megatron_dmc.training.metrics import StepRecorder, stop_decision
     from megatron_dmc.training.model_config import dmc_model_config
 
-    sys.argv = [sys.argv[0], *argv]
+    sys.argv = [sys.argv[0], *run.argv]
     args = parse_and_validate_args(extra_args_provider=add_dmc_arguments)
-    model_config = dmc_model_config(args, clear_borrowed_rows=start.clears_rows)
-    if not start.resumes:
+    model_config = dmc_model_config(args, clear_borrowed_rows=run.start.clears_rows)
+    if not run.start.resumes:
         args.consumed_train_samples = args.dmc_first_sample
     recorder = StepRecorder(args.save)
     megatron_compat.after_each_step(recorder)
@@ -148,16 +186,18 @@ def _run_engine(argv: list[str], start: Start) -> int:
         # Megatron leaves with status 0 also when loading fails; 16 and 17 are its rerun machine's.
         if left.code not in (0, None):
             raise
-    return int(get_args().curr_iteration or 0) + 1
+    return int(get_args().curr_iteration) + 1
 
 
-def _check_finished(given: argparse.Namespace, iteration: int) -> int:
+def _check_finished(run: Run, iteration: int) -> int:
     """Judge by the files written, never by Megatron's exit status."""
-    if not given.save:
+    if run.save is None:
         return iteration
-    saved = saved_iteration(given.save)
+    saved = saved_iteration(run.save)
     if saved is None:
-        raise InfrastructureError(f"Megatron left without a checkpoint in {given.save}; its last lines say why")
-    if not Path(given.save, f"iter_{saved:07d}").is_dir():
-        raise InfrastructureError(f"{given.save} names iteration {saved}, whose files are missing")
+        raise InfrastructureError(f"Megatron left without a checkpoint in {run.save}; its last lines say why")
+    if not Path(run.save, f"iter_{saved:07d}").is_dir():
+        raise InfrastructureError(f"{run.save} names iteration {saved}, whose files are missing")
+    if saved < iteration:
+        raise InfrastructureError(f"Megatron left at iteration {iteration}, {run.save} holds only {saved}")
     return saved
