@@ -80,7 +80,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     for name, manifest in manifests.items():
-        print(f"{args.output / name}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
+        print(f"{args.output / name}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens")
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dmc.data.indexed import IndexedTokens, bin_path, idx_path
-from megatron_dmc.data.manifest import Manifest
+from megatron_dmc.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_dmc.data.tokenizer import (
     HUGGING_FACE_FILE,
     SENTENCEPIECE_FILE,
@@ -36,11 +36,12 @@ def check_data_set(prefix: Path, tokenizer_path: Path | None = None) -> list[Fin
     Raises:
         ValueError: there is no data set at ``prefix``, or it has no readable manifest.
     """
-    manifest = Manifest.read(prefix)
-    for path in (bin_path(prefix), idx_path(prefix)):
+    for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
         if not path.is_file():
             raise ValueError(f"{path} is missing: give the prefix of a data set written by `megatron-dmc data prepare`")
-    findings = [_hash(bin_path(prefix), manifest.bin_sha256), _hash(idx_path(prefix), manifest.idx_sha256)]
+    manifest = read_manifest(prefix)
+    assert manifest is not None
+    findings = [_hash(bin_path(prefix), manifest["bin_sha256"]), _hash(idx_path(prefix), manifest["idx_sha256"])]
     try:
         data = IndexedTokens(prefix)
     except ValueError as error:
@@ -87,7 +88,7 @@ def _hash(path: Path, expected: str) -> Finding:
 
 
 def _counts(prefix: Path, data: IndexedTokens, manifest: Manifest) -> Finding:
-    found, expected = (len(data), len(data.tokens)), (manifest.num_documents, manifest.num_tokens)
+    found, expected = (len(data), len(data.tokens)), (manifest["num_documents"], manifest["num_tokens"])
     detail = f"{found[0]} documents, {found[1]} tokens"
     if found == expected:
         return Finding(f"{prefix} index", "ok", detail)
@@ -99,24 +100,24 @@ def _ids(prefix: Path, data: IndexedTokens, manifest: Manifest) -> Finding:
     for start in range(0, len(data.tokens), TOKENS_AT_ONCE):
         block = data.tokens[start : start + TOKENS_AT_ONCE]
         low, high = int(block.min()), int(block.max())
-        if low < 0 or high >= manifest.vocab_size:
+        if low < 0 or high >= manifest["vocab_size"]:
             found = low if low < 0 else high
-            return Finding(name, "failed", f"id {found}: allowed are 0 to {manifest.vocab_size - 1}", PREPARE_AGAIN)
-    return Finding(name, "ok", f"all below the vocabulary of {manifest.vocab_size}")
+            return Finding(name, "failed", f"id {found}: allowed are 0 to {manifest['vocab_size'] - 1}", PREPARE_AGAIN)
+    return Finding(name, "ok", f"all below the vocabulary of {manifest['vocab_size']}")
 
 
 def _ends(prefix: Path, data: IndexedTokens, manifest: Manifest) -> Finding:
     name = f"{prefix} documents"
     for document in range(len(data)):
         tokens = data.tokens_of(document)
-        if not len(tokens) or tokens[-1] != manifest.eod:
-            return Finding(name, "failed", f"document {document} does not end with id {manifest.eod}", PREPARE_AGAIN)
-    return Finding(name, "ok", f"each ends with id {manifest.eod}")
+        if not len(tokens) or tokens[-1] != manifest["eod"]:
+            return Finding(name, "failed", f"document {document} does not end with id {manifest['eod']}", PREPARE_AGAIN)
+    return Finding(name, "ok", f"each ends with id {manifest['eod']}")
 
 
 def _tokenizer(path: Path, manifest: Manifest) -> Finding:
     tokenizer = load_tokenizer(path)
-    if tokenizer.sha256 == manifest.tokenizer_sha256:
+    if tokenizer.sha256 == manifest["tokenizer_sha256"]:
         return Finding(f"{path}", "ok", "is the tokenizer of this data set")
     return Finding(
         f"{path}", "failed", "is not the tokenizer of this data set", "give that one, or prepare the data again"

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_dmc.data.corpus import Corpus
 from megatron_dmc.data.indexed import IndexedWriter, idx_path
-from megatron_dmc.data.manifest import Manifest
+from megatron_dmc.data.manifest import SCHEMA_VERSION, Manifest, write_manifest
 from megatron_dmc.data.sentencepiece_training import train_tokenizer
 from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dmc.errors import InfrastructureError
@@ -123,6 +123,7 @@ def prepare(
 
 def _finish(prefix: Path, writer: IndexedWriter, tokenizer: Tokenizer, corpus_sha256: str) -> Manifest:
     manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
@@ -132,7 +133,7 @@ def _finish(prefix: Path, writer: IndexedWriter, tokenizer: Tokenizer, corpus_sh
         idx_sha256=sha256_file(idx_path(prefix)),
         corpus_sha256=corpus_sha256,
     )
-    manifest.write(prefix)
+    write_manifest(prefix, manifest)
     return manifest
 
 
