@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def paged_attention_reference(
+def paged_attention(
     q_BND: Tensor, k_blocks: Tensor, v_blocks: Tensor, block_table_BGM: Tensor, cache_seqlens_BG: Tensor
 ) -> Tensor:
     """Attention of one query per sequence over its own cache; see :func:`megatron_dmc.ops.paged_attention`."""

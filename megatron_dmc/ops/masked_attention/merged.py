@@ -1,0 +1,157 @@
+"""Attention over pieces, merged by log-sum-exp, and its backward by the stock kernels.
+
+The weight of pair (i, j) in the whole softmax is exp(score_ij - lse_i) with the merged lse, so each kernel's backward
+is right as it is once it gets the merged output and log-sum-exp. Merging adds positive mass only: nothing cancels.
+
+Shapes: B batch, N query heads, G KV heads, R = N / G, T queries, S keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_dmc.ops.masked_attention.flash import kernel_for
+from megatron_dmc.ops.masked_attention.pieces import Piece, Shape
+from megatron_dmc.ops.precision import accumulation_dtype
+
+Operands = tuple[Tensor, Tensor, Tensor]
+"""q [B, N, T, D], k and v [B, G, S, D], or their gradients."""
+
+OWN_ROWS_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements of queries per slice of the own-position terms: temporaries stay in the cache of a CPU."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is visible: the pieces, and whether the queries' own positions come on top of them.
+
+    ``query_starts``: positions at which the equally long chunks of the queries start. Free pieces and own positions
+    use the ``near`` operands, biased pieces the ``far`` ones.
+    """
+
+    pieces: Sequence[Piece]
+    own_position: bool
+    query_starts: Sequence[int]
+    scale: float
+
+
+def attend(plan: Plan, near: Operands, far: Operands | None = None) -> tuple[Tensor, Tensor]:
+    """Merged output [B, N, T, D], stored as [T, B, N, D], and log-sum-exp [B, N, T]."""
+    q, k, v = near
+    batch, num_heads, num_queries, _ = q.shape
+    out = q.new_zeros(num_queries, batch, num_heads, v.shape[-1]).permute(1, 2, 0, 3)
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
+    for queries, keys in _own_positions(plan, q):
+        q_own, k_own, v_own = _own_operands(near, queries, keys)
+        _grouped(lse[:, :, queries], k).copy_((q_own * k_own).sum(-1).mul_(plan.scale))
+        _grouped(out[:, :, queries], k).copy_(v_own)
+    for piece in plan.pieces:
+        operands = far if piece.biased else near
+        q_piece, k_piece, v_piece = (_oriented(piece, x) for x in _select(piece, operands))
+        kernel = kernel_for(q_piece)
+        found = kernel.forward(q_piece, k_piece, v_piece, piece.shape is not Shape.FULL, plan.scale)
+        out_piece, lse_piece = (_oriented(piece, x) for x in found)
+        seen = (piece.rows, slice(None), piece.queries)
+        _merge(out[seen], lse[seen], out_piece[..., : v.shape[-1]], lse_piece)
+    return out, lse
+
+
+def attend_backward(
+    plan: Plan,
+    near: Operands,
+    far: Operands | None,
+    results: tuple[Tensor, Tensor],
+    grad_out: Tensor,
+    near_grads: Operands,
+    far_grads: Operands | None = None,
+) -> None:
+    """Add the gradients of the operands to ``near_grads`` and ``far_grads``, which may share memory.
+
+    ``results``: merged output and log-sum-exp; ``grad_out`` [B, N, T, D].
+    """
+    out, lse = results
+    for piece in plan.pieces:
+        operands, totals = (far, far_grads) if piece.biased else (near, near_grads)
+        q, k, v = (_oriented(piece, x) for x in _select(piece, operands))
+        seen = (piece.rows, slice(None), piece.queries)
+        # Far operands may have more channels than the output: zeros, from which no gradient comes.
+        padding = (0, v.shape[-1] - out.shape[-1])
+        grad_seen, out_seen = (_oriented(piece, F.pad(x[seen], padding)) for x in (grad_out, out))
+        found = kernel_for(q).backward(
+            grad_seen, q, k, v, out_seen, _oriented(piece, lse[seen]), piece.shape is not Shape.FULL, plan.scale
+        )
+        for total, part in zip(_select(piece, totals), found, strict=True):
+            total += _oriented(piece, part)
+    for queries, keys in _own_positions(plan, near[0]):
+        _own_backward(plan, near, results, grad_out, near_grads, queries, keys)
+
+
+def _select(piece: Piece, operands: Operands | None) -> Operands:
+    assert operands is not None, "a plan with biased pieces needs far operands"
+    q, k, v = operands
+    keys = (piece.rows, slice(None), piece.keys)
+    return q[piece.rows, :, piece.queries], k[keys], v[keys]
+
+
+def _oriented(piece: Piece, x: Tensor) -> Tensor:
+    """Upper triangles become lower ones, and back, when queries and keys are taken in reverse order."""
+    return x.flip(2) if piece.shape is Shape.UPPER else x
+
+
+def _merge(out: Tensor, lse: Tensor, out_piece: Tensor, lse_piece: Tensor) -> None:
+    """Add a piece to ``out`` and ``lse`` in place."""
+    merged = torch.logaddexp(lse, lse_piece)
+    share = torch.exp(lse_piece - merged)[..., None]
+    out.copy_(torch.lerp(out.to(share.dtype), out_piece.to(share.dtype), share))
+    lse.copy_(merged)
+
+
+def _own_positions(plan: Plan, q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of queries and of their own positions in the sequence, small enough for cheap temporaries."""
+    if not plan.own_position:
+        return
+    batch, num_heads, num_queries, head_dim = q.shape
+    chunk_length = num_queries // len(plan.query_starts)
+    rows = max(1, OWN_ROWS_ELEMENTS.get(q.device.type, 1 << 24) // (batch * num_heads * head_dim))
+    for chunk, first in enumerate(plan.query_starts):
+        for begin in range(0, chunk_length, rows):
+            end = min(begin + rows, chunk_length)
+            shift = chunk * chunk_length
+            yield slice(shift + begin, shift + end), slice(first + begin, first + end)
+
+
+def _own_operands(operands: Operands, queries: slice, keys: slice) -> Operands:
+    """Queries [B, G, R, rows, D] and their own keys and values [B, G, 1, rows, D], in the accumulation dtype."""
+    q, k, v = operands
+    own = (_grouped(q[:, :, queries], k), k[:, :, None, keys], v[:, :, None, keys])
+    q, k, v = (x.to(accumulation_dtype(x.dtype)) for x in own)
+    return q, k, v
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """Query heads split into KV heads and the queries of each: [B, N, ...] to [B, G, R, ...]."""
+    return x.unflatten(1, (k.shape[1], -1))
+
+
+def _own_backward(
+    plan: Plan,
+    near: Operands,
+    results: tuple[Tensor, Tensor],
+    grad_out: Tensor,
+    grads: Operands,
+    queries: slice,
+    keys: slice,
+) -> None:
+    q, k, v = _own_operands(near, queries, keys)
+    out, lse, grad = (_grouped(x[:, :, queries], near[1]).to(q.dtype) for x in (*results, grad_out))
+    weight = torch.exp((q * k).sum(-1).mul_(plan.scale).sub_(lse)).unsqueeze_(-1)
+    grad_score = weight * ((v - out) * grad).sum(-1, keepdim=True) * plan.scale
+    grad_q, grad_k, grad_v = grads
+    _grouped(grad_q[:, :, queries], near[1]).add_(grad_score * k)
+    grad_k[:, :, keys] += (grad_score * q).sum(2)
+    grad_v[:, :, keys] += (weight * grad).sum(2)
