@@ -82,9 +82,7 @@ class DMCConfig:
         decoding=True,
         choices=DECISIONS_PER,
     )
-    loss_weight: float = _setting(
-        1.0, "weight of the one-sided compression loss", unit=">= 0", source="[DMC] eq. 11"
-    )
+    loss_weight: float = _setting(1.0, "weight of the one-sided compression loss", unit=">= 0", source="[DMC] eq. 11")
     zero_out_fraction: float = _setting(
         0.8,
         "share of the zero_out steps after which the borrowed channels have faded to zero",
@@ -108,7 +106,10 @@ class DMCConfig:
         _require(self.temperature > 0, "temperature", self.temperature, "> 0 (published: 0.1)")
         _require(self.importance_epsilon > 0, "importance_epsilon", self.importance_epsilon, "> 0 (ours: 1e-6)")
         _require(
-            self.decisions_per in DECISIONS_PER, "decisions_per", self.decisions_per, f"one of {', '.join(DECISIONS_PER)}"
+            self.decisions_per in DECISIONS_PER,
+            "decisions_per",
+            self.decisions_per,
+            f"one of {', '.join(DECISIONS_PER)}",
         )
         _require(self.loss_weight >= 0, "loss_weight", self.loss_weight, ">= 0")
         _require(0 < self.zero_out_fraction <= 1, "zero_out_fraction", self.zero_out_fraction, "in (0, 1]")

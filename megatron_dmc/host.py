@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 _CPU = torch.device("cpu")
 _CUDA_TYPE_PREFIX = "torch.cuda."
 
+
 def needs_cpu() -> bool:
     """Whether this machine has no CUDA device, so that an entry point must call :func:`use_cpu`."""
     return not torch.cuda.is_available()

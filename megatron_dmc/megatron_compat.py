@@ -15,6 +15,7 @@ from typing import Any
 
 TESTED_VERSIONS = ("0.19.2",)
 _APPLIED = "_megatron_dmc_applied"
+_ORIGINAL = "_megatron_dmc_original"
 
 
 def check_version() -> str:
@@ -25,7 +26,7 @@ def check_version() -> str:
     """
     try:
         import megatron.core
-        import megatron.training  # noqa: F401
+        import megatron.training
     except ImportError as error:
         raise ImportError(
             f"{error}; megatron_dmc needs the engine: pip install 'megatron-core[training]>=0.19.2,<0.21'"
@@ -76,12 +77,11 @@ def adapt_engine(*, cpu: bool) -> None:
 
 
 def _replace(module: ModuleType, name: str, make: Callable[[Any], Any]) -> None:
-    """Put ``make(original)`` in the original's place, once."""
-    original = getattr(module, name)
-    if getattr(original, _APPLIED, False):
-        return
+    """Put ``make(original)`` in the original's place; a second call starts from the original again."""
+    current = getattr(module, name)
+    original = getattr(current, _ORIGINAL, current)
     replacement = functools.wraps(original)(make(original))
-    setattr(replacement, _APPLIED, True)
+    setattr(replacement, _ORIGINAL, original)
     setattr(module, name, replacement)
 
 
@@ -106,10 +106,10 @@ def allow_initialization_without_cuda() -> None:
 
 def after_each_step(observe: Callable[[dict[str, Any]], None]) -> None:
     """Call ``observe`` with the arguments of Megatron's per-step log, by name; Megatron has no hook for it."""
-    module, original = symbol(
+    module, log = symbol(
         "megatron.training.training", "training_log", ("loss_dict", "iteration", "learning_rate", "grad_norm")
     )
-    signature = inspect.signature(original)
+    signature = inspect.signature(log)
 
     def wrap(log: Callable[..., Any]) -> Callable[..., Any]:
         def logged(*args: Any, **kwargs: Any) -> Any:

@@ -79,7 +79,8 @@ class DMCCoreAttention(torch.nn.Module):
             [L, B, N * D]
         """
         microbatch = attention_bias
-        assert isinstance(microbatch, Microbatch) and packed_seq_params is None
+        assert isinstance(microbatch, Microbatch)
+        assert packed_seq_params is None
         if self.config.dmc.compresses:
             output_LBND = self._compressed(query, key, value, microbatch)
         else:

@@ -40,7 +40,7 @@ class DMCGPTModel(GPTModel):
         return result
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Keep what the previous stage sent; ``forward`` takes the row of statistics off when it has the micro-batch."""
+        """Keep what the previous stage sent; ``forward``, which has the micro-batch, takes the row off."""
         self._received_SBH = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, *args: Any, microbatch: Microbatch, **kwargs: Any) -> Tensor:

@@ -124,6 +124,17 @@ def llama_flags(llama: LlamaConfig) -> dict[str, str | None]:
     return flags
 
 
+def check_shape(argv: list[str], shape: dict[str, str | None]) -> None:
+    """Raise ``ValueError`` when ``argv`` gives a flag of ``shape`` another value than the base checkpoint has."""
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag, value in shape.items():
+        if value is not None and flag != "--tokenizer-type":
+            given.add_argument(flag, dest=flag)
+    for flag, value in vars(given.parse_known_args(argv)[0]).items():
+        if value is not None and float(value) != float(shape[flag] or 0):
+            raise ValueError(f"{flag} {value}: the base checkpoint has {shape[flag]}; leave the flag out")
+
+
 def _whole(value: float) -> str:
     if value != int(value):
         raise ValueError(f"{value}: Megatron takes this rotary setting only as a whole number")

@@ -8,14 +8,15 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 
 from megatron_dmc.model.config import DMCModelConfig, DMCTransformerConfig
 from megatron_dmc.training.arguments import dmc_config_from_args
+from megatron_dmc.training.base_checkpoint import Start
 
 
-def dmc_model_config(args: Any, *, clear_borrowed_rows: bool = False) -> Any:
-    """The configuration that names our builder; Megatron's own at stage ``off``.
+def dmc_model_config(args: Any, *, start: Start) -> DMCModelConfig:
+    """The configuration that names our builder.
 
     Args:
         args: Megatron's parsed arguments with ``--dmc-*``.
-        clear_borrowed_rows: ``retrofit`` starts from a ``zero_out`` checkpoint.
+        start: where the run starts; sets the position in the training data as well.
 
     Raises:
         ValueError: a setting outside its range, or an argument that compressing attention cannot serve.
@@ -23,7 +24,9 @@ def dmc_model_config(args: Any, *, clear_borrowed_rows: bool = False) -> Any:
     _refuse(args)
     transformer = core_transformer_config_from_args(args, DMCTransformerConfig)
     transformer.dmc = dmc_config_from_args(args)
-    transformer.dmc_clear_borrowed_rows = clear_borrowed_rows
+    transformer.dmc_clear_borrowed_rows = start.clears_rows
+    if not start.resumes:
+        args.consumed_train_samples = args.dmc_first_sample
     model_config = gpt_config_from_args(args, config=transformer, model_config_cls=DMCModelConfig)
     model_config.rope_scaling_factor = args.rope_scaling_factor
     return model_config

@@ -18,6 +18,7 @@ from megatron_dmc.training.arguments import (
     LLAMA_ARGUMENTS,
     STAGE_ARGUMENTS,
     add_dmc_arguments,
+    check_shape,
     dmc_config_from_args,
     llama_flags,
     with_defaults,
@@ -128,7 +129,9 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start) -> list[
     """``argv`` with what a Llama, this machine and the start of the run require; prints what it added."""
     tables = [LLAMA_ARGUMENTS, STAGE_ARGUMENTS[given.dmc_stage]]
     if start.llama is not None:
-        tables.append(llama_flags(start.llama))
+        shape = llama_flags(start.llama)
+        check_shape(argv, shape)
+        tables.append(shape)
     if host.needs_cpu():
         tables.append(HOST_FLAGS)
     elif importlib.util.find_spec("transformer_engine") is None:
@@ -169,9 +172,7 @@ def _run_engine(run: Run) -> int:
 
     sys.argv = [sys.argv[0], *run.argv]
     args = parse_and_validate_args(extra_args_provider=add_dmc_arguments)
-    model_config = dmc_model_config(args, clear_borrowed_rows=run.start.clears_rows)
-    if not run.start.resumes:
-        args.consumed_train_samples = args.dmc_first_sample
+    model_config = dmc_model_config(args, start=run.start)
     recorder = StepRecorder(args.save)
     megatron_compat.after_each_step(recorder)
     megatron_compat.stop_when(stop_decision(recorder))

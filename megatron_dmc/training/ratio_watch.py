@@ -37,7 +37,7 @@ class RatioWatch:
             )
         if ratio > (1 + TOLERANCE) * target_cr:
             return (
-                f"compression ratio {ratio:.2f} exceeds its target {target_cr:.2f}: the one-sided loss does not pull it "
-                "back; lower the learning rate, or stop at a ratio with --dmc-stop-at-cr"
+                f"compression ratio {ratio:.2f} exceeds its target {target_cr:.2f}: the one-sided loss does not pull "
+                "it back; lower the learning rate, or stop at a ratio with --dmc-stop-at-cr"
             )
         return None
