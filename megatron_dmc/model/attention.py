@@ -99,10 +99,9 @@ class DMCCoreAttention(torch.nn.Module):
             importance_LBG = _mean_over_ranks(importance_LBG, self.tp_group)
         local = self._local_positions(len(q_LBND), q_LBND.device)
         noise_LBG = self._noise(microbatch, local, decision_LBG.shape[-1])
-        fraction_BG = dmc.decision_fraction(
-            decision_LBG, noise_LBG, settings, _first_positions(local, microbatch.documents, q_LBND.shape[1])
-        )
-        self._report(fraction_BG, len(q_LBND), microbatch)
+        first_SB = dmc.first_positions(microbatch.sequence_length, q_LBND.shape[1], microbatch.documents)
+        fraction_BG = dmc.decision_fraction(decision_LBG, noise_LBG, settings, first_SB.to(local.device)[local])
+        self._report(fraction_BG, k_LBGD, microbatch)
         gathered = [self._gather(tensor) for tensor in (k_LBGD, v_LBGD, decision_LBG, importance_LBG)]
         sequence_length = len(gathered[0])
         noise_SBG = noise_LBG
@@ -120,7 +119,7 @@ class DMCCoreAttention(torch.nn.Module):
         )
         if not fraction_BG.requires_grad:
             return output_LBND
-        share = settings.loss_weight * self._share(len(q_LBND))
+        share = settings.loss_weight * self._share()
         return AttachStatistic.apply(output_LBND, fraction_BG.mean(dim=1), share, microbatch)
 
     def _faded(self, q_LBND: Tensor, k_LBGD: Tensor, v_LBGD: Tensor, microbatch: Microbatch) -> Tensor:
@@ -135,12 +134,14 @@ class DMCCoreAttention(torch.nn.Module):
             documents=microbatch.documents,
         )
 
-    def _report(self, fraction_BG: Tensor, local_length: int, microbatch: Microbatch) -> None:
+    def _report(self, fraction_BG: Tensor, k_LBGD: Tensor, microbatch: Microbatch) -> None:
         # A mean of decisions times their number is a count: rounding undoes the division exactly.
-        count_BG = (fraction_BG.detach().double() * local_length).round().to(torch.int64)
-        microbatch.accumulated_B[self.layer_number] = count_BG.sum(dim=1)
+        length, _, num_heads, _ = k_LBGD.shape
+        count_BG = (fraction_BG.detach().double() * length).round().to(torch.int64)
+        heads_per_decision = num_heads // count_BG.shape[1]
+        microbatch.accumulated_B[self.layer_number] = count_BG.sum(dim=1) * heads_per_decision
 
-    def _share(self, local_length: int) -> float:
+    def _share(self) -> float:
         """Part of the whole model's decisions that this layer takes on this rank."""
         return 1.0 / (self.config.num_layers * self.tp_group.size() * self.cp_group.size())
 
@@ -186,14 +187,6 @@ class DMCCoreAttention(torch.nn.Module):
         chunks = gathered.chunk(2 * size)
         owner_order = [2 * rank for rank in range(size)] + [2 * rank + 1 for rank in reversed(range(size))]
         return torch.cat([chunks[index] for index in owner_order])
-
-
-def _first_positions(position_S: Tensor, documents: Any, batch: int) -> Tensor:
-    """bool [S, B]: where a sequence or a document begins, so that the token always appends."""
-    if documents is None:
-        return (position_S == 0).unsqueeze(1).expand(-1, batch)
-    starts = [torch.tensor(row, device=position_S.device) for row in documents]
-    return torch.stack([torch.isin(position_S, row) for row in starts], dim=1)
 
 
 class _MeanOverRanks(torch.autograd.Function):
