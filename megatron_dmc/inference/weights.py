@@ -1,0 +1,32 @@
+"""Where a model comes from: what inference needs of a checkpoint, whatever its format."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.llama import LlamaConfig
+
+
+class ModelSource(Protocol):
+    """A Llama on disk; ``checkpoints_convert.source.open_source`` opens every format that we read."""
+
+    @property
+    def llama(self) -> LlamaConfig:
+        """Shape of the model."""
+
+    @property
+    def dmc(self) -> DMCConfig | None:
+        """Settings of DMC; None for a plain Llama."""
+
+    def names(self) -> list[str]:
+        """Names of all tensors, as Hugging Face's Llama has them."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, on the CPU.
+
+        Raises:
+            ValueError: the tensor is missing or damaged.
+        """

@@ -1,0 +1,86 @@
+"""Decoding with a compressed cache as the paper writes it: one token, one KV head at a time ([DMC] section 3.1).
+
+Shapes: S sequence, B batch, N query heads, G KV heads, R = N / G, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.decisions import hard_decisions, importance
+from megatron_dmc.ops.precision import accumulation_dtype
+from megatron_dmc.ops.rope import apply_rope
+
+
+@dataclass
+class HeadCache:
+    """Entries of one (sequence, layer, KV head) and the tokens merged in the newest one, all float32."""
+
+    window_size: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    segment: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def update(self, k_D: Tensor, v_D: Tensor, accumulate: bool, omega: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Append a token or merge it into the newest entry, which then carries the position of this token."""
+        if accumulate and self.keys:
+            self.keys.pop()
+            self.values.pop()
+        else:
+            self.segment.clear()
+        self.segment.append((omega, k_D, v_D))
+        recent = self.segment[-self.window_size :] if self.window_size else self.segment
+        z = sum(omega for omega, _, _ in recent)
+        key = sum(omega * k for omega, k, _ in recent) / z
+        self.keys.append(without_last_channel(apply_rope(without_last_channel(key), cos, sin)))
+        self.values.append(sum(omega * v for omega, _, v in recent) / z)
+
+    def attend(self, q_RD: Tensor) -> Tensor:
+        """Attention of rotated queries over all entries, [R, D]."""
+        keys, values = torch.stack(self.keys), torch.stack(self.values)
+        return (q_RD @ keys.T * q_RD.shape[-1] ** -0.5).softmax(-1) @ values
+
+
+def decode(
+    q_SBND: Tensor,
+    k_SBGD: Tensor,
+    v_SBGD: Tensor,
+    decision_logits_SBG: Tensor,
+    importance_logits_SBG: Tensor,
+    *,
+    cos_sin_S: tuple[Tensor, Tensor],
+    threshold: float,
+    epsilon: float,
+    window_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention output [S, B, N, D] of every step, and int32 cache lengths [S, B, G] after it.
+
+    Queries and keys are before RoPE with the borrowed channel inside; the first token appends whatever its logit.
+    """
+    dtype = accumulation_dtype(k_SBGD.dtype)
+    length, batch, num_kv_heads, _ = k_SBGD.shape
+    group = q_SBND.shape[2] // num_kv_heads
+    accumulate_SBG = hard_decisions(decision_logits_SBG, threshold).expand(k_SBGD.shape[:-1])
+    omega_SBG = importance(importance_logits_SBG, epsilon).expand(k_SBGD.shape[:-1])
+    output = torch.zeros_like(q_SBND)
+    lengths = torch.zeros(length, batch, num_kv_heads, dtype=torch.int32)
+    for b in range(batch):
+        for g in range(num_kv_heads):
+            heads = slice(g * group, (g + 1) * group)
+            cache = HeadCache(window_size)
+            for t in range(length):
+                cos, sin = (x[t] for x in cos_sin_S)
+                k_D, v_D = k_SBGD[t, b, g].to(dtype), v_SBGD[t, b, g].to(dtype)
+                cache.update(k_D, v_D, bool(accumulate_SBG[t, b, g]), omega_SBG[t, b, g], cos, sin)
+                q_RD = without_last_channel(q_SBND[t, b, heads].to(dtype))
+                output[t, b, heads] = cache.attend(without_last_channel(apply_rope(q_RD, cos, sin))).to(output.dtype)
+                lengths[t, b, g] = len(cache.keys)
+    return output, lengths
+
+
+def without_last_channel(x: Tensor) -> Tensor:
+    """A copy with the borrowed channel set to zero."""
+    return torch.cat((x[..., :-1], torch.zeros_like(x[..., -1:])), dim=-1)
