@@ -1,0 +1,137 @@
+"""The pictures of a report. Titles say what was found, lines carry their names, axes their units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from megatron_dmc.report.metrics import Curve, smoothed
+
+WIDTH_INCHES = 9.0
+DOTS_PER_INCH = 130
+PANEL_POINTS = 190.0
+LABEL_HEIGHT = 0.08
+COMPRESSED = "#c2410c"
+UNCOMPRESSED = "#1d4ed8"
+QUIET = "#6b7280"
+
+
+def training_figure(path: Path, title: str, retrofit: Curve, control: Curve | None) -> None:
+    """LM loss of retrofit and control, and the compression ratio beside its target, over the steps of all stages."""
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH_INCHES, 6.5), layout="constrained")
+    _title(figure, title)
+    losses = [_line(top, retrofit.of("lm_loss"), "DMC", COMPRESSED)]
+    if control is not None:
+        losses.append(_line(top, control.of("lm_loss"), "control", UNCOMPRESSED))
+    _label_ends(top, losses)
+    top.set_ylabel("LM loss\n[nats per token]")
+    ratios = [
+        _line(bottom, retrofit.of("target_cr"), "target", QUIET, linestyle="--"),
+        _line(bottom, retrofit.of("measured_cr"), "measured", COMPRESSED),
+    ]
+    _label_ends(bottom, ratios)
+    bottom.set_ylabel("compression ratio\n[tokens per cache entry]")
+    bottom.set_xlabel("training steps since the start of the retrofit")
+    for axes in (top, bottom):
+        axes.margins(x=0.01)
+        _mark_stages(axes, retrofit.borders, names=axes is top)
+    _save(figure, path)
+
+
+def heat_map(path: Path, title: str, ratios_LG: Sequence[Sequence[float]]) -> None:
+    """Compression ratio of every layer (rows) and KV head (columns) on one scale that starts at 1."""
+    layers, heads = len(ratios_LG), len(ratios_LG[0])
+    size = (max(7.5, 1.6 + 0.75 * heads), max(3.2, 1.5 + 0.42 * layers))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    _title(figure, title)
+    highest = max(max(row) for row in ratios_LG)
+    image = axes.imshow(ratios_LG, cmap="viridis", vmin=1.0, vmax=max(highest, 1.01), aspect="auto")
+    axes.set_xlabel("KV head")
+    axes.set_ylabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if layers * heads <= 400:
+        for layer, row in enumerate(ratios_LG):
+            for head, ratio in enumerate(row):
+                color = "black" if ratio > 1 + 0.6 * (highest - 1) else "white"
+                axes.text(head, layer, f"{ratio:.1f}", ha="center", va="center", color=color, fontsize=9)
+    figure.colorbar(image, ax=axes, label="tokens per cache entry\n(1 = uncompressed)")
+    _save(figure, path)
+
+
+def cache_figure(path: Path, title: str, tokens: Sequence[int], entries: Sequence[float]) -> None:
+    """Cache entries per layer and KV head against tokens seen while decoding, beside the uncompressed line."""
+    figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 4.6), layout="constrained")
+    _title(figure, title)
+    axes.plot(tokens, tokens, color=UNCOMPRESSED)
+    axes.plot(tokens, entries, color=COMPRESSED)
+    axes.fill_between(tokens, entries, tokens, color=QUIET, alpha=0.12, linewidth=0)
+    axes.set_xlabel("tokens seen while decoding")
+    axes.set_ylabel("cache entries\n[mean over layers and KV heads]")
+    axes.set_xlim(left=tokens[0], right=tokens[-1])
+    axes.set_ylim(bottom=0)
+    above = int(0.8 * (len(tokens) - 1))
+    name = "uncompressed: one entry per token"
+    _label(axes, name, (tokens[above], tokens[above]), (-8, 4), UNCOMPRESSED, ha="right")
+    name = f"DMC: {entries[-1]:.0f} entries after {tokens[-1]} tokens"
+    _label(axes, name, (tokens[-1], entries[-1]), (-8, 10), COMPRESSED, ha="right")
+    _save(figure, path)
+
+
+def _line(
+    axes: Axes, points: tuple[Sequence[int], Sequence[float]], name: str, color: str, linestyle: str = "-"
+) -> tuple[str, str, int, float] | None:
+    """The values faintly and their running mean boldly. Returns name, color and end of the line."""
+    steps, values = points
+    if not steps:
+        return None
+    mean = smoothed(list(values), max(1, len(values) // 50))
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, linestyle=linestyle)
+    axes.plot(steps, mean, color=color, linewidth=1.6, linestyle=linestyle)
+    return name, color, steps[-1], mean[-1]
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[str, str, int, float] | None]) -> None:
+    """The name and last value of each line at its right end, pushed apart where two would meet."""
+    low, high = axes.get_ylim()
+    lowest_free = low
+    for name, color, step, value in sorted((end for end in ends if end is not None), key=lambda end: end[3]):
+        height = max(value, lowest_free)
+        lowest_free = height + LABEL_HEIGHT * (high - low)
+        offset = (8, -4 + (height - value) / (high - low) * PANEL_POINTS)
+        _label(axes, f"{name} {value:.2f}", (step, value), offset, color)
+
+
+def _label(
+    axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], color: str, ha: str = "left"
+) -> None:
+    axes.annotate(text, point, offset, textcoords="offset points", color=color, ha=ha, annotation_clip=False)
+
+
+def _mark_stages(axes: Axes, borders: Sequence[tuple[int, str]], *, names: bool) -> None:
+    for step, stage in borders:
+        axes.axvline(step, color=QUIET, linewidth=0.8, linestyle=":")
+        if names:
+            axes.annotate(
+                stage, (step, 1.0), (3, 2), xycoords=axes.get_xaxis_transform(), textcoords="offset points", color=QUIET
+            )
+
+
+def _title(figure: Figure, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+    plt.close(figure)
