@@ -32,7 +32,7 @@ _FIELDS = {
     "ffn_hidden_size": "ffn_hidden_size",
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
+    "layernorm_epsilon": "rms_norm_eps",
 }
 
 # Arguments with one value for every Llama. A checkpoint that says otherwise is another model.
