@@ -26,9 +26,7 @@ _UNIFORM_BITS = 23
 _ATANH_TERMS = 9
 
 
-def logistic_noise(
-    seed: int, step: int, sequence_B: Tensor, layer: int, head_G: Tensor, position_S: Tensor
-) -> Tensor:
+def logistic_noise(seed: int, step: int, sequence_B: Tensor, layer: int, head_G: Tensor, position_S: Tensor) -> Tensor:
     """Standard logistic samples at the given coordinates, one per element.
 
     Args:

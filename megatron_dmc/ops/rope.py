@@ -8,12 +8,12 @@ Shapes: D head dim; leading dimensions broadcast.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.precision import accumulation_dtype
+from megatron_dmc.ops.precision import accumulation_dtype, row_slices
 
 
 class RopeScalingLike(Protocol):
@@ -68,3 +68,38 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     first, second = x.to(dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Rotation(NamedTuple):
+    """Coefficients [S, 1, 1, D/2] of a rotation of [S, B, H, D]: first' = first cos - second sin, and so on."""
+
+    cos_first: Tensor
+    cos_second: Tensor
+    sin: Tensor
+
+
+def faded_rotation(cos_SC: Tensor, sin_SC: Tensor, neuron_scale: float) -> Rotation:
+    """RoPE with the last channel multiplied by ``neuron_scale`` before and after it.
+
+    ``neuron_scale`` 1 is plain RoPE, 0 takes the borrowed channel out: it does not turn into its partner, and it
+    ends as 0. ``cos_SC`` and ``sin_SC`` are [S, D/2].
+    """
+    cos_first, sin = cos_SC[:, None, None], sin_SC[:, None, None].clone()
+    cos_second = cos_first.clone()
+    cos_second[..., -1] *= neuron_scale**2
+    sin[..., -1] *= neuron_scale
+    return Rotation(cos_first, cos_second, sin)
+
+
+def rotate(x_SBHD: Tensor, rotation: Rotation, dtype: torch.dtype, inverse: bool = False) -> Tensor:
+    """The rotation of ``x``, outside autograd, as ``dtype``. ``inverse``: its transpose, which is its backward."""
+    out_SBHD = torch.empty(x_SBHD.shape, dtype=dtype, device=x_SBHD.device)
+    for rows in row_slices(x_SBHD):
+        first, second = x_SBHD[rows].to(accumulation_dtype(dtype)).chunk(2, dim=-1)
+        out_first, out_second = out_SBHD[rows].chunk(2, dim=-1)
+        cos_first, cos_second, sin = (table[rows] for table in rotation)
+        if inverse:
+            sin = -sin
+        out_first.copy_(torch.mul(first, cos_first).addcmul_(second, sin, value=-1))
+        out_second.copy_(torch.mul(second, cos_second).addcmul_(first, sin))
+    return out_SBHD

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.decisions import hard_decisions, importance
 from megatron_dmc.ops.precision import accumulation_dtype
 from megatron_dmc.ops.rope import apply_rope
 
@@ -48,23 +47,24 @@ def decode(
     q_SBND: Tensor,
     k_SBGD: Tensor,
     v_SBGD: Tensor,
-    decision_logits_SBG: Tensor,
-    importance_logits_SBG: Tensor,
+    accumulate_SBG: Tensor,
+    omega_SBG: Tensor,
     *,
     cos_sin_S: tuple[Tensor, Tensor],
-    threshold: float,
-    epsilon: float,
     window_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Attention output [S, B, N, D] of every step, and int32 cache lengths [S, B, G] after it.
 
-    Queries and keys are before RoPE with the borrowed channel inside; the first token appends whatever its logit.
+    Args:
+        q_SBND, k_SBGD, v_SBGD: before RoPE, the borrowed channel inside.
+        accumulate_SBG: hard decisions; the first token appends whatever its decision.
+        omega_SBG: importances.
+        cos_sin_S: cosine and sine of all positions, [S, D/2].
+        window_size: tokens in the mean of a segment; 0 = the whole segment.
     """
     dtype = accumulation_dtype(k_SBGD.dtype)
     length, batch, num_kv_heads, _ = k_SBGD.shape
     group = q_SBND.shape[2] // num_kv_heads
-    accumulate_SBG = hard_decisions(decision_logits_SBG, threshold).expand(k_SBGD.shape[:-1])
-    omega_SBG = importance(importance_logits_SBG, epsilon).expand(k_SBGD.shape[:-1])
     output = torch.zeros_like(q_SBND)
     lengths = torch.zeros(length, batch, num_kv_heads, dtype=torch.int32)
     for b in range(batch):

@@ -26,7 +26,7 @@ def update_segments(
 
     Args:
         state: float32 [B, G, E], or [B, G, W, E] with a window; any finite values where ``alpha_BG`` is false.
-        k_BGD, v_BGD: key before RoPE and value of the token, borrowed channel already zero.
+        k_BGD, v_BGD: key before RoPE and value of the token.
         alpha_BG: bool, true accumulates into the newest entry, false appends a new one.
         omega_BG: float32 importance, positive.
         position_B: int64 position of the token; token t lives in slot t mod W of the ring.

@@ -45,19 +45,20 @@ def _scan_blocks(decay: Tensor, gain: Tensor | None, x: Tensor, y: Tensor, state
     """Fill ``y`` [blocks, block, B, G, D] and return the state after the last block; ``state`` enters the first."""
     num_blocks, block = x.shape[:2]
     steps = range(block)[::-1] if reverse else range(block)
+    first, last = steps[0], steps[-1]
     reach = decay.flip(1).cumprod(1).flip(1) if reverse else decay.cumprod(1)
     decay, reach = decay[..., None], reach[..., None]
-    for before, now in zip([None, *steps], steps):
+    for now in steps:
         if gain is None:
             y[:, now].copy_(x[:, now])
         else:
             torch.mul(x[:, now], gain[:, now, ..., None], out=y[:, now])
-        if before is not None:
-            y[:, now].addcmul_(decay[:, now], y[:, before])
+        if now != first:
+            y[:, now].addcmul_(decay[:, now], y[:, now + 1 if reverse else now - 1])
     entering = torch.empty_like(y[:, 0])
     for b in range(num_blocks)[::-1] if reverse else range(num_blocks):
         entering[b] = state
-        state = torch.addcmul(y[b, steps[-1]], reach[b, steps[-1]], state)
+        state = torch.addcmul(y[b, last], reach[b, last], state)
     y.addcmul_(reach, entering[:, None])
     return state
 

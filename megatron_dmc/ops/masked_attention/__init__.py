@@ -10,6 +10,7 @@ Shapes: S sequence of keys, T queries, B batch, N query heads, G KV heads, D hea
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -151,6 +152,6 @@ def _check_documents(rows: list[list[int]], batch: int, length: int) -> None:
     if len(rows) != batch:
         raise ValueError(f"documents of {len(rows)} rows for a batch of {batch}: give the start positions of each row")
     for row in rows:
-        ascending = all(a < b for a, b in zip(row, row[1:]))
+        ascending = all(a < b for a, b in itertools.pairwise(row))
         if not row or row[0] != 0 or not ascending or row[-1] >= length:
             raise ValueError(f"document starts {row}: must ascend from 0 and stay below the sequence length {length}")

@@ -8,6 +8,7 @@ if i - j <= free_window, far if i - j > free_window.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def cut(
     pieces = []
     for rows, starts in _equal_rows(documents):
         for chunk, first in enumerate(query_starts):
-            for start, end in zip(starts, [*starts[1:], length]):
+            for start, end in itertools.pairwise([*starts, length]):
                 begin, stop = max(first, start), min(first + chunk_length, end)
                 if begin < stop:
                     cutter = _Cutter(rows, chunk * chunk_length - first, start)

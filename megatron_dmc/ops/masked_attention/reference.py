@@ -23,7 +23,7 @@ def masked_attention(
     query_starts: Sequence[int] | None = None,
     documents: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """softmax_j(q_i k_j / sqrt(D) + bias_j [i - j > free_window]) v_j over j <= i of the same document; [T, B, N, D]."""
+    """The attention of :func:`megatron_dmc.ops.masked_attention.masked_attention`, and its arguments."""
     dtype = accumulation_dtype(q_TBND.dtype)
     length, batch, num_kv_heads, head_dim = k_SBGD.shape
     group = q_TBND.shape[2] // num_kv_heads
