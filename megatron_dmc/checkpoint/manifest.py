@@ -37,10 +37,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     manifest = read_json(path)
-    if manifest.get("schema_version") != SCHEMA_VERSION or not isinstance(manifest.get("files"), dict):
-        raise ValueError(
-            f"{path}: schema_version={manifest.get('schema_version')!r}, this release reads {SCHEMA_VERSION}"
-        )
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema_version={manifest.get('schema_version')!r}: {SCHEMA_VERSION} is read here")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} for entry in files.values()
+    ):
+        raise ValueError(f"{path} is damaged: it must state bytes and sha256 of every file")
     return manifest
 
 

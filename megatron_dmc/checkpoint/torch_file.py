@@ -6,6 +6,7 @@ reader could take for something else), so that what is checked here is what torc
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
 import os
@@ -64,7 +65,8 @@ def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, .
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel() == 0:
         return tensor
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    # Not through numpy: that would pin the storage, and a converter wants to free it early.
+    view = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
     with open(path, "rb", buffering=0) as stream:
         stream.seek(offset)
         done = 0

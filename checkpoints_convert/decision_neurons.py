@@ -1,0 +1,29 @@
+"""The channels that DMC borrows: the last one of every query head (importance) and key head (decision)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from checkpoints_convert import layouts
+from checkpoints_convert.param_map import Entry
+from megatron_dmc.llama import LlamaConfig
+
+
+def clear_borrowed_rows(entry: Entry, parts: Sequence[Tensor], llama: LlamaConfig) -> Sequence[Tensor]:
+    """The tensors of an entry with the rows zeroed that produce borrowed channels of q and k.
+
+    A plain Llama with these rows at zero computes what a DMC model computes without compression, because DMC
+    ignores the channels in its attention. Tensors other than q and k are returned as they are.
+    """
+    if entry.mapping.layout is not layouts.QKV:
+        return parts
+    q, k, v = parts
+    return (_cleared(q, llama.head_dim), _cleared(k, llama.head_dim), v)
+
+
+def _cleared(weight: Tensor, head_dim: int) -> Tensor:
+    cleared = weight.clone()
+    cleared[head_dim - 1 :: head_dim] = 0
+    return cleared

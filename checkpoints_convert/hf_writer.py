@@ -1,0 +1,104 @@
+"""A Hugging Face model directory, written: shards of safetensors with an index, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_convert.hf_directory import INDEX_NAME, SINGLE_NAME
+from checkpoints_convert.param_map import Entry, entries
+from checkpoints_convert.progress import Progress
+from checkpoints_convert.streams import HashedFile
+from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
+from megatron_dmc.files import write_json
+from megatron_dmc.llama import LlamaConfig
+
+SHARD_BYTES = 5_000_000_000
+"""Largest shard, as in transformers' save_pretrained."""
+_HEADER_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: the tensors it will hold, in their order."""
+
+    file_name: str
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def plan_shards(llama: LlamaConfig, limit: int = SHARD_BYTES) -> list[Shard]:
+    """Which tensor goes into which file: in the order of the forward pass, files of at most ``limit`` bytes."""
+    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for entry in entries(llama):
+        for name, shape in zip(entry.hf_names, entry.hf_shapes(llama), strict=True):
+            size = math.prod(shape) * getattr(torch, llama.dtype).itemsize
+            if groups[-1] and filled + size > limit:
+                groups.append([])
+                filled = 0
+            groups[-1].append((name, shape))
+            filled += size
+    if len(groups) == 1:
+        return [Shard(SINGLE_NAME, tuple(groups[0]))]
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    return [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def write_weights(
+    directory: Path,
+    llama: LlamaConfig,
+    parts: Callable[[Entry], Sequence[Tensor]],
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """Write every tensor of a model.
+
+    Args:
+        parts: gives the Hugging Face tensors of an entry; called once for each, in the order of the forward pass.
+
+    Returns:
+        SHA-256 by file name.
+    """
+    dtype = getattr(torch, llama.dtype)
+    stream_of = _tensors(llama, parts)
+    hashes, weight_map, total = {}, {}, 0
+    for shard in plan_shards(llama, shard_bytes):
+        with HashedFile(directory / shard.file_name, progress) as stream:
+            stream.write(_header(shard, dtype))
+            for name, shape in shard.tensors:
+                given, tensor = next(stream_of)
+                assert (given, tuple(tensor.shape), tensor.dtype) == (name, shape, dtype)
+                tensor = tensor.contiguous()
+                stream.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+                weight_map[name] = shard.file_name
+                total += tensor.nbytes
+                del tensor
+        hashes[shard.file_name] = stream.sha256()
+    if len(hashes) > 1:
+        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return hashes
+
+
+def _tensors(llama: LlamaConfig, parts: Callable[[Entry], Sequence[Tensor]]) -> Any:
+    for entry in entries(llama):
+        yield from zip(entry.hf_names, parts(entry), strict=True)
+
+
+def _header(shard: Shard, dtype: torch.dtype) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shard.tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,71 @@
+"""The ``README.md`` of an exported model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.llama import LlamaConfig
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What the card tells.
+
+    ``dmc`` are the settings that the exported model carries, ``trained`` those of the checkpoint it came from.
+    """
+
+    name: str
+    llama: LlamaConfig
+    dmc: DMCConfig | None
+    trained: DMCConfig | None
+    iteration: int
+    measured_cr: float | None = None
+
+
+def model_card(facts: ExportFacts) -> str:
+    """Text of the card, in Markdown with the front matter that model hubs read."""
+    tags = ["llama", "megatron"] + (["dynamic-memory-compression", "kv-cache-compression"] if facts.dmc else [])
+    front = "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags), "---"])
+    return "\n\n".join([front, f"# {facts.name}", _shape(facts.llama), *_method(facts)]) + "\n"
+
+
+def _shape(llama: LlamaConfig) -> str:
+    rows = {
+        "layers": llama.num_layers,
+        "hidden size": llama.hidden_size,
+        "query heads / KV heads": f"{llama.num_attention_heads} / {llama.num_kv_heads}",
+        "head dimension": llama.head_dim,
+        "vocabulary": llama.vocab_size,
+        "positions": llama.max_position_embeddings,
+        "stored as": llama.dtype,
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _method(facts: ExportFacts) -> list[str]:
+    trained = facts.trained
+    if facts.dmc is None:
+        if trained is None or trained.stage == "off":
+            return ["A Llama, exported from a Megatron-LM checkpoint."]
+        return [
+            f"A Llama, exported from stage `{trained.stage}` of a retrofit with Dynamic Memory Compression (iteration "
+            f"{facts.iteration}). The last channel of every query and key head is zero; nothing is compressed."
+        ]
+    dmc = facts.dmc
+    measured = (
+        f"Measured compression ratio of the key-value cache: **{facts.measured_cr:.2f}**."
+        if facts.measured_cr is not None
+        else "The compression ratio of this model has not been measured yet (`megatron-dmc evaluate`)."
+    )
+    settings = "\n".join(f"| `{name}` | {value} |" for name, value in dmc.to_dict().items() if value is not None)
+    return [
+        "A Llama retrofitted with Dynamic Memory Compression (arXiv 2403.09636): each KV head decides for every token "
+        "whether to append to its key-value cache or to merge into the newest entry.",
+        f"{measured} Target of the training: {dmc.target_cr:g} (stage `{dmc.stage}`, iteration {facts.iteration}).",
+        "The length of the cache differs from head to head. Engines that keep one length per request (vLLM, "
+        "TensorRT-LLM, llama.cpp and others) cannot serve this model; neither can the stock Llama class of "
+        "transformers, because the last channel of every query and key head carries a decision. Install "
+        "`megatron-dmc`, which registers the class `DMCLlamaForCausalLM`, or use `megatron-dmc generate`.",
+        f"| setting | value |\n|---|---|\n{settings}",
+    ]

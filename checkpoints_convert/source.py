@@ -1,0 +1,194 @@
+"""A checkpoint of either kind as one model with Hugging Face names, read tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from checkpoints_convert.hf_directory import HuggingFaceDirectory
+from checkpoints_convert.layouts import MegatronShape
+from checkpoints_convert.param_map import Entry, by_hf_name, check_names, entries
+from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
+from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
+from megatron_dmc.checkpoint.settings import MegatronSettings, settings_from_state
+from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.llama import LlamaConfig
+
+# Not part of the model: what Megatron keeps for the optimizer, the random state and the run.
+_NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
+
+
+class ModelSource(Protocol):
+    """A checkpoint that tells its shape and gives its tensors one at a time, under Hugging Face names."""
+
+    llama: LlamaConfig
+    dmc: DMCConfig | None
+
+    def names(self) -> list[str]:
+        """Every tensor, in the order of the forward pass."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in memory of its own or shared with those fused with it."""
+
+
+def open_source(path: Path | str) -> HuggingFaceSource | MegatronSource:
+    """Open a Hugging Face directory or a Megatron checkpoint (``torch_dist`` of any layout, or legacy).
+
+    Nothing in it is executed; see ``megatron_dmc.checkpoint``.
+
+    Raises:
+        ValueError: no checkpoint, a damaged or hostile one, another model than a Llama, missing or unknown tensors.
+    """
+    location = locate(path)
+    if location.format == HUGGING_FACE:
+        return HuggingFaceSource(location.directory)
+    return MegatronSource(location)
+
+
+class HuggingFaceSource:
+    """A Hugging Face directory as a model; ``llama.dtype`` is the type of the stored tensors."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = HuggingFaceDirectory(directory)
+        self.llama, self.dmc = self.files.llama, self.files.dmc
+
+    def names(self) -> list[str]:
+        return list(by_hf_name(self.llama))
+
+    def tensor(self, name: str) -> Tensor:
+        return self.files.tensors[name].read()
+
+    def parts(self, entry: Entry) -> Sequence[Tensor]:
+        """The Hugging Face tensors of an entry of the table."""
+        return [self.tensor(name) for name in entry.hf_names]
+
+
+class MegatronSource:
+    """A Megatron checkpoint as a model. The tensors fused with the last one read stay in memory until the next."""
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.directory = location.directory
+        what = str(location.directory)
+        self._weights: _TorchDistWeights | _LegacyWeights
+        if location.format == LEGACY:
+            self._weights = _LegacyWeights(LegacyCheckpoint(self.directory))
+        else:
+            self._weights = _TorchDistWeights(TorchDistCheckpoint(self.directory))
+        padded = self._weights.padded_vocab_size()
+        self.settings: MegatronSettings = settings_from_state(
+            self._weights.common_state(), padded, what, location.iteration
+        )
+        self.states_vocab_size = type(self.settings.args.get("vocab_size")) is int
+        dtype = self._weights.dtype()
+        self.llama = dataclasses.replace(self.settings.llama, dtype=str(dtype).removeprefix("torch."))
+        self.dmc = self.settings.dmc
+        self.shape = MegatronShape(self.llama, padded)
+        self._by_name = by_hf_name(self.llama)
+        self._weights.check(self.shape)
+        self._last: tuple[Entry, tuple[Tensor, ...]] | None = None
+
+    def set_vocab_size(self, vocab_size: int) -> None:
+        """State the rows of the vocabulary for a checkpoint that does not.
+
+        Raises:
+            ValueError: more rows than the checkpoint holds, or another number than it states.
+        """
+        if self.states_vocab_size and vocab_size != self.llama.vocab_size:
+            raise ValueError(f"vocabulary of {vocab_size} ids: {self.directory} states {self.llama.vocab_size}")
+        if vocab_size > self.shape.padded_vocab_size:
+            raise ValueError(
+                f"vocabulary of {vocab_size} ids: {self.directory} has {self.shape.padded_vocab_size} rows"
+            )
+        self.llama = dataclasses.replace(self.llama, vocab_size=vocab_size)
+        self.shape = MegatronShape(self.llama, self.shape.padded_vocab_size)
+
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def tensor(self, name: str) -> Tensor:
+        entry, place = self._by_name[name]
+        if self._last is None or self._last[0] != entry:
+            self._last = None
+            self._last = (entry, self.parts(entry))
+        return self._last[1][place]
+
+    def parts(self, entry: Entry) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors of an entry of the table, as views of Megatron's one."""
+        return entry.mapping.layout.split(self.fused(entry), self.shape)
+
+    def fused(self, entry: Entry) -> Tensor:
+        """Megatron's tensor for an entry, over all its ranks."""
+        return self._weights.read(entry)
+
+
+class _TorchDistWeights:
+    def __init__(self, checkpoint: TorchDistCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.common_state = checkpoint.common_state
+
+    def padded_vocab_size(self) -> int:
+        name = "embedding.word_embeddings.weight"
+        if name not in self.checkpoint.tensors:
+            raise ValueError(f"{self.checkpoint.directory} holds no {name}: not a Llama of Megatron")
+        return self.checkpoint.tensors[name].shape[0]
+
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.tensors["embedding.word_embeddings.weight"].dtype
+
+    def check(self, shape: MegatronShape) -> None:
+        """Names, shapes and types of every tensor."""
+        given = {name for name in self.checkpoint.tensors if not name.startswith(_NOT_WEIGHTS)}
+        expected = entries(shape.llama)
+        check_names(given, {entry.stacked_name for entry in expected}, str(self.checkpoint.directory))
+        for entry in expected:
+            tensor = self.checkpoint.tensors[entry.stacked_name]
+            layers = () if entry.layer is None else (shape.llama.num_layers,)
+            _check_shape(entry.stacked_name, tensor.shape, (*layers, *entry.megatron_shape(shape)))
+            _check_dtype(entry.stacked_name, tensor.dtype, self.dtype())
+
+    def read(self, entry: Entry) -> Tensor:
+        return self.checkpoint.read(entry.stacked_name, entry.layer)
+
+
+class _LegacyWeights:
+    def __init__(self, checkpoint: LegacyCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.tensors = checkpoint.tensors()
+        self.common_state = checkpoint.common_state
+        self.padded_vocab_size = checkpoint.padded_vocab_size
+
+    def dtype(self) -> torch.dtype:
+        return self.tensors["embedding.word_embeddings.weight"][0].dtype
+
+    def check(self, shape: MegatronShape) -> None:
+        """Names, shapes and types of every tensor."""
+        expected = entries(shape.llama)
+        check_names(self.tensors, {entry.megatron_name for entry in expected}, str(self.checkpoint.directory))
+        for entry in expected:
+            shards = self.tensors[entry.megatron_name]
+            # Meta tensors: the layout itself says what shards a whole tensor has.
+            whole = torch.empty(entry.megatron_shape(shape), device="meta")
+            for rank, cut in enumerate(entry.mapping.layout.shard(whole, len(shards))):
+                _check_shape(f"{entry.megatron_name} of tensor rank {rank}", shards[rank].shape, tuple(cut.shape))
+                _check_dtype(entry.megatron_name, shards[rank].dtype, self.dtype())
+
+    def read(self, entry: Entry) -> Tensor:
+        return entry.mapping.layout.unshard([shard.read() for shard in self.tensors[entry.megatron_name]])
+
+
+def _check_shape(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(given) != expected:
+        raise ValueError(f"{name} has shape {tuple(given)}, its model needs {expected}")
+
+
+def _check_dtype(name: str, given: torch.dtype, expected: torch.dtype) -> None:
+    if given != expected:
+        raise ValueError(f"{name} is {given}, the embedding is {expected}: one type for all tensors is supported")

@@ -1,0 +1,61 @@
+"""Files that are hashed and handed to the disk while they are written."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.progress import Progress
+
+_FLUSH_BYTES = 1 << 28
+
+
+class HashedFile(io.RawIOBase):
+    """A new file whose SHA-256 is known when it is closed, and whose pages do not pile up in memory."""
+
+    def __init__(self, path: Path, progress: Progress | None = None) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._digest = hashlib.sha256()
+        self._progress = progress
+        self._position = 0
+        self._flushed = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += os.write(self._descriptor, view[done:])
+        self._digest.update(view)
+        self._position += done
+        if self._progress is not None:
+            self._progress.add(done)
+        if self._position - self._flushed >= _FLUSH_BYTES:
+            self._drop_pages()
+        return done
+
+    def close(self) -> None:
+        if not self.closed:
+            self._drop_pages()
+            os.close(self._descriptor)
+        super().close()
+
+    def sha256(self) -> str:
+        """Of what was written so far."""
+        return self._digest.hexdigest()
+
+    def _drop_pages(self) -> None:
+        os.fdatasync(self._descriptor)
+        os.posix_fadvise(self._descriptor, self._flushed, 0, os.POSIX_FADV_DONTNEED)
+        self._flushed = self._position
