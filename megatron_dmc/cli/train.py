@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_dmc.errors import EXIT_USER_ERROR
+
+ARGPARSE_USAGE = 2
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register the command. Everything after its name goes to Megatron, unparsed here."""
@@ -18,13 +22,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; the exit code is judged by what was written."""
+    """Train; the exit code is judged by what was written. 16 and 17 stay those of Megatron's rerun machine."""
     if {"--help", "-h"} & set(args.megatron_flags):
         _print_help()
         return 0
     from megatron_dmc.training.pretrain import train
 
-    iteration = train(args.megatron_flags)
+    try:
+        iteration = train(args.megatron_flags)
+    except SystemExit as left:
+        if left.code == ARGPARSE_USAGE:
+            return EXIT_USER_ERROR
+        raise
     print(f"stage finished at iteration {iteration}", flush=True)
     return 0
 

@@ -108,20 +108,18 @@ def _read_own_flags(argv: list[str]) -> argparse.Namespace:
 def _check_tokens(given: argparse.Namespace, llama: LlamaConfig | None) -> None:
     if llama is None:
         return
-    from megatron_dmc.data.manifest import Manifest, manifest_path
+    from megatron_dmc.data.manifest import read_manifest
 
     if given.seq_length and int(given.seq_length) > llama.max_position_embeddings:
         raise ValueError(
             f"--seq-length {given.seq_length}: the model was built for {llama.max_position_embeddings} positions"
         )
     for prefix in [*(given.data_path or []), *(given.train_data_path or [])]:
-        if not manifest_path(Path(prefix)).is_file():
-            continue
-        ids = Manifest.read(prefix).vocab_size
-        if ids > llama.vocab_size:
+        manifest = read_manifest(prefix)
+        if manifest is not None and manifest["vocab_size"] > llama.vocab_size:
             raise ValueError(
-                f"{prefix} was tokenized with {ids} ids, the model has {llama.vocab_size}: prepare the data with the "
-                "model's own tokenizer"
+                f"{prefix} was tokenized with {manifest['vocab_size']} ids, the model has {llama.vocab_size}: "
+                "prepare the data with the model's own tokenizer"
             )
 
 
