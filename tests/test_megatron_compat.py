@@ -1,0 +1,36 @@
+"""A change of Megatron's engine is checked by name, and made once."""
+
+import sys
+import types
+
+import pytest
+
+from megatron_dmc import megatron_compat
+
+
+def stand_in(monkeypatch, **symbols):
+    module = types.ModuleType("engine_stand_in")
+    for name, value in symbols.items():
+        setattr(module, name, value)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_a_symbol_with_its_parameters_is_found(monkeypatch):
+    module = stand_in(monkeypatch, work=lambda iteration, loss: None)
+    assert megatron_compat.symbol("engine_stand_in", "work", ("iteration",)) == (module, module.work)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("gone", ()), ("work", ("iteration", "moved"))])
+def test_a_missing_symbol_or_parameter_is_named_with_the_versions(monkeypatch, name, parameters):
+    stand_in(monkeypatch, work=lambda iteration: None)
+    monkeypatch.setattr(megatron_compat, "check_version", lambda: "0.99")
+    with pytest.raises(ImportError, match=rf"0\.99 has no engine_stand_in\.{name}.*0\.19\.2"):
+        megatron_compat.symbol("engine_stand_in", name, parameters)
+
+
+def test_replacing_twice_wraps_once(monkeypatch):
+    module = stand_in(monkeypatch, work=lambda: "original")
+    for _ in range(2):
+        megatron_compat._replace(module, "work", lambda original: lambda: f"wrapped {original()}")
+    assert module.work() == "wrapped original"
