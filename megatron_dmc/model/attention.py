@@ -99,8 +99,7 @@ class DMCCoreAttention(torch.nn.Module):
             importance_LBG = _mean_over_ranks(importance_LBG, self.tp_group)
         local = self._local_positions(len(q_LBND), q_LBND.device)
         noise_LBG = self._noise(microbatch, local, decision_LBG.shape[-1])
-        first_SB = dmc.first_positions(microbatch.sequence_length, q_LBND.shape[1], microbatch.documents)
-        fraction_BG = dmc.decision_fraction(decision_LBG, noise_LBG, settings, first_SB.to(local.device)[local])
+        fraction_BG = dmc.decision_fraction(decision_LBG, noise_LBG, settings)
         self._report(fraction_BG, k_LBGD, microbatch)
         gathered = [self._gather(tensor) for tensor in (k_LBGD, v_LBGD, decision_LBG, importance_LBG)]
         sequence_length = len(gathered[0])
