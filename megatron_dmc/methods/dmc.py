@@ -21,7 +21,18 @@ from torch import Tensor
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops import compressed_attention as ops
 from megatron_dmc.ops import decisions
+from megatron_dmc.ops.compressed_attention import faded_attention
 from megatron_dmc.ops.masked_attention import HIDDEN, plan_attention
+
+__all__ = [
+    "compressed_attention",
+    "decision_fraction",
+    "decision_weights",
+    "faded_attention",
+    "first_positions",
+    "num_decision_heads",
+    "read_logits",
+]
 
 
 def read_logits(q_SBND: Tensor, k_SBGD: Tensor, config: DMCConfig) -> tuple[Tensor, Tensor]:
@@ -76,26 +87,40 @@ def compressed_attention(  # noqa: PLR0913
         ValueError: shapes, chunks or documents that do not fit together.
     """
     plan = plan_attention(q_TBND, k_SBGD, free_window=0, query_starts=query_starts, documents=documents)
-    logits = decision_logits_SBG
-    threshold = config.decision_threshold
-    if noise_SBG is not None:
-        logits, threshold = decisions.relaxed_logits(logits, noise_SBG, config.temperature), 0.0
-    first_SB1 = first_positions(logits.shape[0], logits.shape[1], documents).to(logits.device)[..., None]
-    hard = decisions.hard_decisions(logits.detach(), threshold).masked_fill(first_SB1, False)
-    if noise_SBG is None:
-        alpha = hard.to(logits.dtype)
-        overwritten_bias = torch.where(hard, HIDDEN, 0.0).to(logits.dtype)
-    else:
-        alpha = torch.sigmoid(logits).masked_fill(first_SB1, 0.0)
-        overwritten_bias = F.logsigmoid(-logits).masked_fill(first_SB1, 0.0)
-    # A key is hidden by the decision of the position after it; nothing comes after the last one.
-    key_bias = F.pad(overwritten_bias[1:], (0, 0, 0, 0, 0, 1))
-    omega = decisions.importance(importance_logits_SBG, config.importance_epsilon)
-    weights = ops.Weights(*(x.expand(k_SBGD.shape[:-1]) for x in (alpha, omega, key_bias)))
+    weights, hard_SBG = decision_weights(decision_logits_SBG, importance_logits_SBG, noise_SBG, config, documents)
+    weights = ops.Weights(*(x.expand(k_SBGD.shape[:-1]) for x in weights))
     output = ops.compressed_attention(
         q_TBND, k_SBGD, v_SBGD, weights, cos_sin_S=cos_sin_S, window_size=config.window_size, plan=plan
     )
-    return output, hard.expand(k_SBGD.shape[:-1])
+    return output, hard_SBG.expand(k_SBGD.shape[:-1])
+
+
+def decision_weights(
+    decision_logits_SBG: Tensor,
+    importance_logits_SBG: Tensor,
+    noise_SBG: Tensor | None,
+    config: DMCConfig,
+    documents: Sequence[Sequence[int]] | None = None,
+) -> tuple[ops.Weights, Tensor]:
+    """Decisions, importances and key biases as numbers, and the hard decisions as bool, all [S, B, G].
+
+    Arguments as in :func:`compressed_attention`. The first position of every document appends.
+    """
+    logits, threshold = decision_logits_SBG, config.decision_threshold
+    if noise_SBG is not None:
+        logits, threshold = decisions.relaxed_logits(logits, noise_SBG, config.temperature), 0.0
+    first_SB1 = first_positions(logits.shape[0], logits.shape[1], documents).to(logits.device)[..., None]
+    hard_SBG = decisions.hard_decisions(logits.detach(), threshold).masked_fill(first_SB1, False)
+    if noise_SBG is None:
+        alpha = hard_SBG.to(logits.dtype)
+        own_bias = HIDDEN * alpha
+    else:
+        alpha = torch.sigmoid(logits).masked_fill(first_SB1, 0.0)
+        own_bias = F.logsigmoid(-logits).masked_fill(first_SB1, 0.0)
+    # A key is hidden by the decision of the position after it; nothing comes after the last one.
+    key_bias = F.pad(own_bias[1:], (0, 0, 0, 0, 0, 1))
+    omega = decisions.importance(importance_logits_SBG, config.importance_epsilon)
+    return ops.Weights(alpha, omega, key_bias), hard_SBG
 
 
 def decision_fraction(decision_logits_SBG: Tensor, noise_SBG: Tensor | None, config: DMCConfig) -> Tensor:

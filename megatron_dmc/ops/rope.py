@@ -70,6 +70,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def without_last_channel(x: Tensor) -> Tensor:
+    """A copy of ``x`` [..., D] with the borrowed channel set to zero."""
+    return torch.cat((x[..., :-1], torch.zeros_like(x[..., -1:])), dim=-1)
+
+
 class Rotation(NamedTuple):
     """Coefficients [S, 1, 1, D/2] of a rotation of [S, B, H, D]: first' = first cos - second sin, and so on."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.precision import accumulation_dtype
-from megatron_dmc.ops.rope import apply_rope
+from megatron_dmc.ops.rope import apply_rope, without_last_channel
 
 
 @dataclass
@@ -79,8 +79,3 @@ def decode(
                 output[t, b, heads] = cache.attend(without_last_channel(apply_rope(q_RD, cos, sin))).to(output.dtype)
                 lengths[t, b, g] = len(cache.keys)
     return output, lengths
-
-
-def without_last_channel(x: Tensor) -> Tensor:
-    """A copy with the borrowed channel set to zero."""
-    return torch.cat((x[..., :-1], torch.zeros_like(x[..., -1:])), dim=-1)

@@ -1,0 +1,47 @@
+"""The whole operation as its parts in sequence, each in its plain form, differentiated by autograd.
+
+Shapes: S sequence of keys, T queries, B batch, N query heads, G KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_dmc.ops.compressed_attention import CosSin, Weights
+from megatron_dmc.ops.kv_pooling import reference as pooling
+from megatron_dmc.ops.masked_attention import reference as attention
+from megatron_dmc.ops.rope import apply_rope, without_last_channel
+
+
+def compressed_attention(
+    q_TBND: Tensor,
+    k_SBGD: Tensor,
+    v_SBGD: Tensor,
+    weights_SBG: Weights,
+    *,
+    cos_sin_S: CosSin,
+    window_size: int,
+    query_starts: Sequence[int] | None = None,
+    documents: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
+    """The function of the same name in the package, with the geometry in place of a plan."""
+    alpha, omega, key_bias = weights_SBG
+    k_SBGD, v_SBGD = pooling.pool_kv(k_SBGD, v_SBGD, alpha, omega, window_size)
+    positions = attention.query_positions(q_TBND.shape[0], query_starts)
+    return attention.masked_attention(
+        rotated(q_TBND, *(x[positions] for x in cos_sin_S)),
+        rotated(k_SBGD, *cos_sin_S),
+        v_SBGD,
+        key_bias,
+        free_window=0,
+        query_starts=query_starts,
+        documents=documents,
+    )
+
+
+def rotated(x_SBHD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    """RoPE with the borrowed channel zero before and after it."""
+    x_SBHD = apply_rope(without_last_channel(x_SBHD), cos_SC[:, None, None], sin_SC[:, None, None])
+    return without_last_channel(x_SBHD)
