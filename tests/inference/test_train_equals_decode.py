@@ -1,0 +1,115 @@
+"""The contract of the package: a whole forward pass with hard decisions equals decoding with the compressed cache.
+
+1. The reference path reads whole sequences at once (``LlamaModel.forward``).
+2. The tested paths read some prompts in one pass, each of its own length, then token by token from the paged cache.
+"""
+
+import pytest
+import torch
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.inference.attention import DecisionTrace
+from tests.inference.tiny_model import tiny_model
+
+LENGTH = 60
+HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (3, 1)}
+TOLERANCE = {"atol": 1e-4, "rtol": 0}
+
+
+def random_tokens(batch, seed=0):
+    return torch.randint(0, 50, (LENGTH, batch), generator=torch.Generator().manual_seed(seed))
+
+
+def whole_log_probs(model, token_SB):
+    """Log-probabilities [S, B, V] of a full forward pass, and its decisions."""
+    trace = DecisionTrace()
+    return model.logits(model.forward(token_SB, trace)).log_softmax(-1), trace
+
+
+def decoded_log_probs(model, token_SB, prompt_lengths, **cache_options):
+    """Log-probabilities [S, B, V] of a prefill and then steps; rows start to decode when their own prompt ends."""
+    batch = token_SB.shape[1]
+    cache = model.new_cache(batch, block_size=4, **cache_options)
+    rows_B = cache.add_sequences(batch).flip(0)
+    length_B = torch.tensor(prompt_lengths)
+    longest = int(length_B.max())
+    padded_SB = token_SB[:longest].clone()
+    padded_SB[torch.arange(longest).unsqueeze(1) >= length_B] = 7
+    log_probs = torch.full((*token_SB.shape, 50), torch.nan)
+    prefilled = model.logits(model.prefill(padded_SB, length_B, cache, rows_B)).log_softmax(-1)
+    for row, length in enumerate(prompt_lengths):
+        log_probs[:length, row] = prefilled[:length, row]
+    for step in range(LENGTH):
+        active = (length_B + step < LENGTH).nonzero().squeeze(1)
+        if not len(active):
+            break
+        position = length_B[active] + step
+        hidden_BH = model.decode(token_SB[position, active], cache, rows_B[active])
+        log_probs[position, active] = model.logits(hidden_BH).log_softmax(-1)
+    cache.check_integrity()
+    return log_probs, cache, rows_B
+
+
+@pytest.mark.parametrize("decisions_per", ["head", "layer"])
+@pytest.mark.parametrize("window_size", [0, 12])
+@pytest.mark.parametrize("heads", HEADS)
+def test_whole_model(heads, window_size, decisions_per):
+    settings = DMCConfig(window_size=window_size, decisions_per=decisions_per, decision_bias=-1.0)
+    model = tiny_model(settings, num_attention_heads=HEADS[heads][0], num_kv_heads=HEADS[heads][1])
+    token_SB = random_tokens(3)
+    expected, trace = whole_log_probs(model, token_SB)
+    accumulated = torch.stack(trace.alpha).float().mean()
+    assert 0.2 < accumulated < 0.8
+    decoded, cache, rows_B = decoded_log_probs(model, token_SB, [23, 1, 60])
+    torch.testing.assert_close(decoded, expected, **TOLERANCE)
+    appended_LBG = (~torch.stack(trace.alpha)).sum(dim=1)
+    assert torch.equal(cache.cache_seqlens[:, rows_B].long(), appended_LBG)
+
+
+@pytest.mark.parametrize("window_size", [1, 12])
+def test_long_segments_outgrow_the_window(window_size):
+    model = tiny_model(DMCConfig(window_size=window_size, decision_bias=-8.0))
+    token_SB = random_tokens(2)
+    expected, trace = whole_log_probs(model, token_SB)
+    assert torch.stack(trace.alpha).float().mean() > 0.9
+    decoded, _, _ = decoded_log_probs(model, token_SB, [30, 5])
+    torch.testing.assert_close(decoded, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 17, 59, 60])
+def test_any_border_between_prompt_and_steps(cut):
+    model = tiny_model(DMCConfig(decision_bias=-1.0))
+    token_SB = random_tokens(1)
+    expected, _ = whole_log_probs(model, token_SB)
+    decoded, _, _ = decoded_log_probs(model, token_SB, [cut])
+    torch.testing.assert_close(decoded, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("settings", [None, DMCConfig(stage="off"), DMCConfig(stage="zero_out")])
+def test_models_that_do_not_compress(settings):
+    model = tiny_model(settings)
+    token_SB = random_tokens(3)
+    expected, _ = whole_log_probs(model, token_SB)
+    decoded, cache, rows_B = decoded_log_probs(model, token_SB, [23, 1, 60])
+    torch.testing.assert_close(decoded, expected, **TOLERANCE)
+    assert (cache.cache_seqlens[:, rows_B] == LENGTH).all()
+    assert cache.segments is None
+
+
+def test_a_request_that_lost_its_cache_resumes():
+    """Decode half, give the memory back, read everything so far as a prompt, decode the rest."""
+    model = tiny_model(DMCConfig(decision_bias=-1.0))
+    token_SB = random_tokens(2)
+    expected, _ = whole_log_probs(model, token_SB)
+    cache = model.new_cache(2, block_size=4)
+    rows_B = cache.add_sequences(2)
+    model.prefill(token_SB[:10], torch.tensor([10, 10]), cache, rows_B)
+    for t in range(10, 30):
+        model.decode(token_SB[t], cache, rows_B)
+    cache.free_sequences(rows_B)
+    assert cache.allocator.num_in_use == 0
+    rows_B = cache.add_sequences(2)
+    model.prefill(token_SB[:30], torch.tensor([30, 30]), cache, rows_B)
+    for t in range(30, LENGTH):
+        log_probs = model.logits(model.decode(token_SB[t], cache, rows_B)).log_softmax(-1)
+        torch.testing.assert_close(log_probs, expected[t], **TOLERANCE)

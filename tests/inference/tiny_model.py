@@ -1,0 +1,69 @@
+"""Small random Llamas for tests, whose heads decide, and decide differently."""
+
+import torch
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.inference.model import LlamaModel
+from megatron_dmc.llama import LlamaConfig
+
+
+class RandomSource:
+    """A model in memory, as ``open_source`` would give it.
+
+    Decision logits have mean -``settings.decision_bias`` and a spread of 4: a bias of 0 accumulates half of the tokens,
+    -4 most of them.
+    """
+
+    def __init__(self, llama: LlamaConfig, settings: DMCConfig | None = None, seed: int = 0):
+        self.llama, self.dmc = llama, settings
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape, scale):
+            return (torch.randn(*shape, generator=generator) * scale).to(getattr(torch, llama.dtype))
+
+        hidden, ffn = llama.hidden_size, llama.ffn_hidden_size
+        q_size, kv_size = llama.num_attention_heads * llama.head_dim, llama.num_kv_heads * llama.head_dim
+        self.tensors = {"model.embed_tokens.weight": random(llama.vocab_size, hidden, scale=1.0)}
+        for index in range(llama.num_layers):
+            prefix = f"model.layers.{index}"
+            layer = {
+                "input_layernorm": 1 + random(hidden, scale=0.1),
+                "self_attn.q_proj": random(q_size, hidden, scale=1.5 / hidden**0.5),
+                "self_attn.k_proj": random(kv_size, hidden, scale=1.5 / hidden**0.5),
+                "self_attn.v_proj": random(kv_size, hidden, scale=1 / hidden**0.5),
+                "self_attn.o_proj": random(hidden, q_size, scale=1 / q_size**0.5),
+                "post_attention_layernorm": 1 + random(hidden, scale=0.1),
+                "mlp.gate_proj": random(ffn, hidden, scale=1 / hidden**0.5),
+                "mlp.up_proj": random(ffn, hidden, scale=1 / hidden**0.5),
+                "mlp.down_proj": random(hidden, ffn, scale=1 / ffn**0.5),
+            }
+            layer["self_attn.k_proj"][llama.head_dim - 1 :: llama.head_dim] *= 4 / 1.5
+            self.tensors |= {f"{prefix}.{name}.weight": tensor for name, tensor in layer.items()}
+        self.tensors["model.norm.weight"] = 1 + random(hidden, scale=0.1)
+        if not llama.tie_word_embeddings:
+            self.tensors["lm_head.weight"] = random(llama.vocab_size, hidden, scale=2 / hidden**0.5)
+
+    def names(self):
+        return list(self.tensors)
+
+    def tensor(self, name):
+        return self.tensors[name]
+
+
+def tiny_llama(num_attention_heads=4, num_kv_heads=2, **changes) -> LlamaConfig:
+    """2 layers, 50 tokens, float32."""
+    shape = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "head_dim": 16,
+        "ffn_hidden_size": 48,
+        "vocab_size": 50,
+        "max_position_embeddings": 128,
+        "dtype": "float32",
+    }
+    return LlamaConfig(num_attention_heads=num_attention_heads, num_kv_heads=num_kv_heads, **(shape | changes))
+
+
+def tiny_model(settings: DMCConfig | None = None, seed: int = 0, **changes) -> LlamaModel:
+    """A random model; ``settings`` None makes it a plain Llama."""
+    return LlamaModel(RandomSource(tiny_llama(**changes), settings, seed))
