@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 import torch
 from megatron.training import get_args, print_rank_last
 
-from megatron_dmc.files import write_text
+from megatron_dmc.training.metrics_file import MetricsFile
 from megatron_dmc.training.ratio_watch import RatioWatch
 
-METRICS_FILE = "metrics.jsonl"
 _STOP_WINDOW_STEPS = 10
 
 LOGGED_NAMES = {
@@ -34,8 +32,7 @@ class StepRecorder:
     """
 
     def __init__(self, save: str | None) -> None:
-        self._path = Path(save) / METRICS_FILE if save else None
-        self._started = False
+        self._file = MetricsFile(Path(save)) if save else None
         self._last_time = time.monotonic()
         self._watch = RatioWatch()
         self._recent = RatioWatch(_STOP_WINDOW_STEPS)
@@ -51,8 +48,8 @@ class StepRecorder:
         values = {key: float(losses[name]) for key, name in LOGGED_NAMES.items() if name in losses}
         if "measured_cr" in values:
             self._observe_ratio(values["measured_cr"], values["target_cr"])
-        if self._path is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            self._write({**values, **_position(logged), "step_seconds": seconds})
+        if self._file is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            self._file.add({**values, **_position(logged), "step_seconds": seconds})
 
     def reached(self, ratio: float) -> bool:
         """Whether the mean ratio of the last steps on this rank is at least ``ratio``."""
@@ -63,14 +60,6 @@ class StepRecorder:
         self._recent_steps += 1
         if advice := self._watch.observe(measured, target):
             print_rank_last(f"warning: {advice}")
-
-    def _write(self, line: dict[str, Any]) -> None:
-        assert self._path is not None
-        if not self._started:
-            _drop_later_lines(self._path, line["step"])
-            self._started = True
-        with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
 
 
 def _position(logged: dict[str, Any]) -> dict[str, Any]:
@@ -83,15 +72,6 @@ def _position(logged: dict[str, Any]) -> dict[str, Any]:
         "grad_norm": None if grad_norm is None else float(grad_norm),
         "consumed_samples": args.consumed_train_samples,
     }
-
-
-def _drop_later_lines(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their old lines go, and one cut off by a kill."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        write_text(path, "".join(line for line in whole if json.loads(line)["step"] < step))
 
 
 def stop_decision(recorder: StepRecorder) -> Any:
