@@ -135,7 +135,7 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start) -> list[
     elif importlib.util.find_spec("transformer_engine") is None:
         tables.append(EXTENSION_FREE_FLAGS)
     if given.save:
-        tables.append({"--load": given.save})
+        tables.append({"--load": given.save, "--tensorboard-dir": str(Path(given.save, "tensorboard"))})
     if start.resumes:
         argv = _without(argv, "--pretrained-checkpoint")
     if given.dmc_first_sample is None:
