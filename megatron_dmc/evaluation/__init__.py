@@ -1,0 +1,1 @@
+"""Quality beside measured compression: perplexity by both paths, and whether the paths agree."""

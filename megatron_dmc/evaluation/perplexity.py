@@ -1,0 +1,231 @@
+"""Perplexity and measured compression on held-out text, teacher-forced, through the compressed cache, or both.
+
+Legend: N sequences, S sequence, T = S + 1 tokens (the last is only predicted), B batch, L layers, G KV heads.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dmc.evaluation.agreement import Agreement
+from megatron_dmc.evaluation.scores import Advance, Scores, score_decode, score_whole
+from megatron_dmc.inference.cache_usage import CacheUsage
+from megatron_dmc.inference.model import LlamaModel
+from megatron_dmc.inference.paged_kv_cache import DEFAULT_BLOCK_SIZE
+
+TEACHER_FORCED, DECODE, BOTH = "teacher-forced", "decode", "both"
+PATHS = (TEACHER_FORCED, DECODE, BOTH)
+CURVE_POINTS = 256
+"""At most so many points of the curve of entries over tokens."""
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """What one path measured."""
+
+    loss: float
+    """Mean negative log-probability of the next token, nats."""
+    standard_error: float
+    """Of the loss, over sequences; 0 for a single one."""
+    seconds: float
+    compression_ratio: float
+    """Entries without / with compression at the end of the sequences."""
+    compression_ratio_per_layer_and_kv_head: list[list[float]]
+    entries_over_tokens: list[tuple[int, float]]
+    """(tokens seen, entries per sequence over all layers and KV heads): held by the cache, or counted where there is
+    none."""
+    cache: CacheUsage | None
+    """What the cache held at the end of all sequences; None without a cache."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        return {
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "loss_standard_error": self.standard_error,
+            "seconds": self.seconds,
+            "compression_ratio": self.compression_ratio,
+            "compression_ratio_per_layer_and_kv_head": self.compression_ratio_per_layer_and_kv_head,
+            "entries_over_tokens": [list(point) for point in self.entries_over_tokens],
+            "cache": None if self.cache is None else self.cache.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Both paths, as far as they were taken, over the same sequences."""
+
+    num_sequences: int
+    seq_length: int
+    dtype: str
+    teacher_forced: PathResult | None
+    decode: PathResult | None
+    agreement: Agreement | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        parts = {"teacher_forced": self.teacher_forced, "decode": self.decode, "agreement": self.agreement}
+        return {
+            "num_sequences": self.num_sequences,
+            "seq_length": self.seq_length,
+            "num_tokens": self.num_sequences * self.seq_length,
+            "dtype": self.dtype,
+            **{name: None if part is None else part.to_dict() for name, part in parts.items()},
+        }
+
+
+def cut_sequences(tokens: np.ndarray, seq_length: int, num_sequences: int | None) -> Tensor:
+    """Non-overlapping sequences from a stream of tokens, int64 [N, T].
+
+    Args:
+        tokens: the stream, one-dimensional, of any integer type.
+        seq_length: S, tokens read per sequence.
+        num_sequences: the first so many; None takes all.
+
+    Raises:
+        ValueError: the stream is shorter than one sequence, or a size is below 1.
+    """
+    if seq_length < 1 or (num_sequences is not None and num_sequences < 1):
+        raise ValueError(f"seq_length={seq_length}, sequences={num_sequences}: must be at least 1")
+    available = (len(tokens) - 1) // seq_length
+    if available < 1:
+        raise ValueError(
+            f"the data has {len(tokens)} tokens, one sequence needs {seq_length + 1}: give more data or a smaller "
+            "--seq-length"
+        )
+    count = available if num_sequences is None else min(available, num_sequences)
+    stream = torch.from_numpy(tokens[: count * seq_length + 1].astype(np.int64))
+    return stream.unfold(0, seq_length + 1, seq_length)
+
+
+def evaluate(
+    model: LlamaModel,
+    token_NT: Tensor,
+    *,
+    path: str = BOTH,
+    batch_size: int = 32,
+    prefill_length: int = 0,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    advance: Advance | None = None,
+) -> Evaluation:
+    """Measure a model on sequences.
+
+    Args:
+        model: compressing or not.
+        token_NT: int64, see :func:`cut_sequences`.
+        path: ``teacher-forced``, ``decode`` or ``both``.
+        batch_size: sequences at once.
+        prefill_length: tokens of each sequence that decoding reads in one pass before it goes token by token.
+        block_size: entries per block of the cache.
+        advance: called with numbers of tokens as decoding (or else the teacher-forced path) goes on.
+
+    Raises:
+        ValueError: tokens outside the vocabulary, sequences longer than the model reads, a size out of range.
+    """
+    _check(model, token_NT, path, batch_size, prefill_length)
+    asserted = model.dtype == torch.float32
+    threshold = model.settings.decision_threshold if model.settings else 0.0
+    agreement = Agreement(asserted, threshold) if path == BOTH else None
+    whole, decoded = _Sums(), _Sums()
+    for batch_BT in token_NT.split(batch_size):
+        token_TB = batch_BT.T.to(model.device)
+        if path != DECODE:
+            whole_scores = whole.timed(score_whole, model, token_TB)
+            if path == TEACHER_FORCED and advance is not None:
+                advance(token_TB[1:].numel())
+        if path != TEACHER_FORCED:
+            decoded_scores = decoded.timed(
+                score_decode, model, token_TB, prefill_length=prefill_length, block_size=block_size, advance=advance
+            )
+        if agreement is not None:
+            agreement.add(whole_scores, decoded_scores)
+    return Evaluation(
+        num_sequences=len(token_NT),
+        seq_length=token_NT.shape[1] - 1,
+        dtype=str(model.dtype).removeprefix("torch."),
+        teacher_forced=None if path == DECODE else whole.result(model),
+        decode=None if path == TEACHER_FORCED else decoded.result(model),
+        agreement=agreement,
+    )
+
+
+class _Sums:
+    """What one path has measured so far."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.loss_N: list[Tensor] = []
+        self.entries_S: list[Tensor] = []
+        self.entries_LG: list[Tensor] = []
+        self.usages: list[CacheUsage] = []
+
+    def timed(self, score: Any, model: LlamaModel, token_TB: Tensor, **options: Any) -> Scores:
+        """Score one batch and add it."""
+        start = time.perf_counter()
+        scores: Scores = score(model, token_TB, **options)
+        self.loss_N.append(-scores.log_prob_SB.double().mean(dim=0).cpu())
+        self.seconds += time.perf_counter() - start
+        self.entries_S.append(scores.entries_S.cpu())
+        if scores.usage is not None:
+            self.usages.append(scores.usage)
+            self.entries_LG.append(torch.tensor(scores.usage.entries))
+        elif scores.alpha_LSBG is not None:
+            self.entries_LG.append((~scores.alpha_LSBG).sum(dim=(1, 2)).cpu())
+        else:
+            heads = (model.llama.num_layers, model.llama.num_kv_heads)
+            self.entries_LG.append(torch.full(heads, scores.log_prob_SB.numel()))
+        return scores
+
+    def result(self, model: LlamaModel) -> PathResult:
+        """The measurement over all batches."""
+        loss_N = torch.cat(self.loss_N)
+        count = len(loss_N)
+        entries_S = torch.stack(self.entries_S).sum(dim=0)
+        entries_LG = torch.stack(self.entries_LG).sum(dim=0)
+        num_tokens = count * len(entries_S)
+        known_S = (entries_S >= 0).nonzero().flatten()
+        step = max(1, math.ceil(len(known_S) / CURVE_POINTS))
+        # Counted from the end, so that the last position is a point of the curve.
+        shown = known_S.flip(0)[::step].flip(0).tolist()
+        return PathResult(
+            loss=loss_N.mean().item(),
+            standard_error=loss_N.std().item() / math.sqrt(count) if count > 1 else 0.0,
+            seconds=self.seconds,
+            compression_ratio=num_tokens * entries_LG.numel() / entries_LG.sum().item(),
+            compression_ratio_per_layer_and_kv_head=(num_tokens / entries_LG).tolist(),
+            entries_over_tokens=[(position + 1, entries_S[position].item() / count) for position in shown],
+            cache=CacheUsage.total(self.usages) if self.usages else None,
+        )
+
+
+def _check(model: LlamaModel, token_NT: Tensor, path: str, batch_size: int, prefill_length: int) -> None:
+    if path not in PATHS:
+        raise ValueError(f"path={path!r}: must be one of {', '.join(PATHS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    seq_length = token_NT.shape[1] - 1
+    if not 0 <= prefill_length <= seq_length:
+        raise ValueError(f"prefill_length={prefill_length}: must be from 0 to the sequence length {seq_length}")
+    if seq_length > model.llama.max_position_embeddings:
+        raise ValueError(
+            f"seq_length={seq_length}: the model reads at most {model.llama.max_position_embeddings} tokens"
+        )
+    vocab_size = model.llama.vocab_size
+    outside = token_NT[(token_NT < 0) | (token_NT >= vocab_size)]
+    if len(outside):
+        raise ValueError(
+            f"the data holds token {int(outside[0])}: the model's vocabulary is 0..{vocab_size - 1}; give data made "
+            "with the tokenizer that the model was trained with"
+        )

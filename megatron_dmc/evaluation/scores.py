@@ -1,0 +1,116 @@
+"""What a model says of given texts: at once with hard decisions, or token by token through the compressed cache.
+
+Legend: S sequence, B batch, L layers, G KV heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.inference.attention import DecisionTrace
+from megatron_dmc.inference.cache_usage import CacheUsage
+from megatron_dmc.inference.model import LlamaModel
+from megatron_dmc.inference.paged_kv_cache import DEFAULT_BLOCK_SIZE
+
+LOGITS_AT_ONCE = 1 << 24
+"""Logits that exist at one time: 64 MiB in float32."""
+
+Advance = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One batch of sequences through one path."""
+
+    log_prob_SB: Tensor
+    """float32, of the token that follows each position."""
+    decision_logit_LSBG: Tensor | None
+    """float32; None for a model that does not compress."""
+    alpha_LSBG: Tensor | None
+    entries_S: Tensor
+    """int64, entries of all sequences, layers and KV heads after each position: counted from the decisions, or held
+    by the cache (where prefilled, only the last position of the prefix is known; those before are -1)."""
+    usage: CacheUsage | None = None
+    """What the cache held at the end; None without a cache."""
+
+
+def score_whole(model: LlamaModel, token_TB: Tensor) -> Scores:
+    """Whole sequences at once; no cache.
+
+    Args:
+        token_TB: int64 [S + 1, B]; the last row is only predicted.
+    """
+    trace = DecisionTrace()
+    hidden_SBH = model.forward(token_TB[:-1], trace)
+    log_prob_SB = _next_log_probs(model, hidden_SBH, token_TB[1:])
+    logit_LSBG, alpha_LSBG = _stacked(trace)
+    sequence_length, batch = log_prob_SB.shape
+    if alpha_LSBG is None:
+        entries_per_token = batch * model.llama.num_layers * model.llama.num_kv_heads
+        entries_S = torch.arange(1, sequence_length + 1, device=token_TB.device) * entries_per_token
+    else:
+        entries_S = (~alpha_LSBG).sum(dim=(0, 2, 3)).cumsum(dim=0)
+    return Scores(log_prob_SB, logit_LSBG, alpha_LSBG, entries_S)
+
+
+def score_decode(
+    model: LlamaModel,
+    token_TB: Tensor,
+    *,
+    prefill_length: int = 0,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    advance: Advance | None = None,
+) -> Scores:
+    """Token by token through the compressed cache.
+
+    Args:
+        token_TB: as in :func:`score_whole`.
+        prefill_length: tokens that are read in one pass before; at most S.
+        block_size: entries per block of the cache.
+        advance: called with the number of tokens after each pass.
+    """
+    inputs_SB = token_TB[:-1]
+    sequence_length, batch = inputs_SB.shape
+    cache = model.new_cache(batch, block_size=block_size)
+    rows_B = cache.add_sequences(batch)
+    hidden, traces = [], []
+    entries_S = torch.full((sequence_length,), -1, device=token_TB.device)
+    for position in range(max(prefill_length - 1, 0), sequence_length):
+        traces.append(DecisionTrace())
+        if position < prefill_length:
+            length_B = torch.full((batch,), prefill_length, device=token_TB.device)
+            hidden.append(model.prefill(inputs_SB[:prefill_length], length_B, cache, rows_B, traces[-1]))
+        else:
+            hidden.append(model.decode(inputs_SB[position], cache, rows_B, traces[-1]).unsqueeze(0))
+        entries_S[position] = cache.cache_seqlens.sum()
+        if advance is not None:
+            advance(batch * len(hidden[-1]))
+    log_prob_SB = _next_log_probs(model, torch.cat(hidden), token_TB[1:])
+    stacked = [_stacked(trace) for trace in traces]
+    logit_LSBG, alpha_LSBG = (
+        None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*stacked, strict=True)
+    )
+    return Scores(log_prob_SB, logit_LSBG, alpha_LSBG, entries_S, CacheUsage.of(cache, rows_B))
+
+
+@torch.no_grad()
+def _next_log_probs(model: LlamaModel, hidden_SBH: Tensor, target_SB: Tensor) -> Tensor:
+    """float32 [S, B]; logits are made for a part of the positions at a time."""
+    positions = max(1, LOGITS_AT_ONCE // (model.llama.vocab_size * target_SB.shape[1]))
+    parts = []
+    for hidden, target in zip(hidden_SBH.split(positions), target_SB.split(positions), strict=True):
+        logits = model.logits(hidden)
+        chosen = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        parts.append(chosen - logits.logsumexp(dim=-1))
+    return torch.cat(parts)
+
+
+def _stacked(trace: DecisionTrace) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Logits and decisions [L, S, B, G]; None for a model that takes none."""
+    if not trace.alpha:
+        return None, None
+    return torch.stack(trace.logits), torch.stack(trace.alpha)
