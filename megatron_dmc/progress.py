@@ -32,17 +32,25 @@ def amount(value: float, unit: str) -> str:
     return f"{value:.0f} B"
 
 
+def position(done: float, total: float | None, unit: str) -> str:
+    """How far: ``12 of 80 steps``, or the amount alone where the whole is not known."""
+    if not total:
+        return amount(done, unit)
+    return f"{amount(done, unit if unit == 'B' else '')} of {amount(total, unit)}"
+
+
 @contextlib.contextmanager
-def progress(description: str, total: float | None, unit: str = "") -> Iterator[Advance]:
+def progress(description: str, total: float | None, unit: str = "", *, done: float = 0.0) -> Iterator[Advance]:
     """Show how far a piece of work is. Yields ``advance(amount)``, to be called as the work goes on.
 
     Args:
         description: what is being done.
         total: the whole amount, None where it is not known.
         unit: of the amounts: ``steps``, ``documents``, or ``B`` for bytes.
+        done: the amount that an earlier run did.
     """
     show = _bar if sys.stderr.isatty() else _lines
-    with show(description, total, unit) as advance:
+    with show(description, total, unit, done) as advance:
         yield advance
 
 
@@ -56,9 +64,9 @@ def track[Item](items: Sequence[Item] | Iterable[Item], description: str, total:
 
 
 @contextlib.contextmanager
-def _lines(description: str, total: float | None, unit: str) -> Iterator[Advance]:
+def _lines(description: str, total: float | None, unit: str, done: float) -> Iterator[Advance]:
     start = last_line = time.monotonic()
-    done = 0.0
+    before = done
 
     def advance(step: float) -> None:
         nonlocal done, last_line
@@ -66,22 +74,24 @@ def _lines(description: str, total: float | None, unit: str) -> Iterator[Advance
         now = time.monotonic()
         if now - last_line >= SECONDS_BETWEEN_LINES:
             last_line = now
-            print(_line(description, done, total, unit, now - start), file=sys.stderr, flush=True)
+            print(_line(description, (before, done), total, unit, now - start), file=sys.stderr, flush=True)
 
     yield advance
     elapsed = time.monotonic() - start
-    print(f"{description}: {amount(done, unit)} in {duration(elapsed)}", file=sys.stderr, flush=True)
+    print(f"{description}: {amount(done - before, unit)} in {duration(elapsed)}", file=sys.stderr, flush=True)
 
 
-def _line(description: str, done: float, total: float | None, unit: str, elapsed: float) -> str:
+def _line(description: str, span: tuple[float, float], total: float | None, unit: str, elapsed: float) -> str:
+    before, done = span
+    now = done - before
     if not total:
-        return f"{description}: {amount(done, unit)}, {amount(done / elapsed, unit)}/s"
-    left = duration(elapsed / done * max(0.0, total - done)) if done else "unknown time"
-    return f"{description}: {done / total:.0%} ({amount(done, unit)} of {amount(total, unit)}), {left} left"
+        return f"{description}: {amount(done, unit)}, {amount(now / elapsed, unit)}/s"
+    left = duration(elapsed / now * max(0.0, total - done)) if now else "unknown time"
+    return f"{description}: {done / total:.0%} ({position(done, total, unit)}), {left} left"
 
 
 @contextlib.contextmanager
-def _bar(description: str, total: float | None, unit: str) -> Iterator[Advance]:
+def _bar(description: str, total: float | None, unit: str, done: float) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -94,11 +104,11 @@ def _bar(description: str, total: float | None, unit: str) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, position="")
+        task = bar.add_task(description, total=total, completed=int(done), position="")
 
         def advance(step: float) -> None:
             bar.advance(task, step)
-            done = bar.tasks[task].completed
-            bar.update(task, position=amount(done, unit) + (f" of {amount(total, unit)}" if total else ""))
+            completed = bar.tasks[task].completed
+            bar.update(task, position=position(completed, total, unit))
 
         yield advance

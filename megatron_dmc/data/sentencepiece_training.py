@@ -106,6 +106,8 @@ def _write_hugging_face(model: bytes, directory: Path) -> None:
             "clean_up_tokenization_spaces": False,
         },
     )
+    ids = {"bos_token_id": vocabulary["<s>"], "eos_token_id": vocabulary["</s>"]}
+    write_json(directory / "generation_config.json", ids)
 
 
 def _merges(pieces: list[str], vocabulary: dict[str, int]) -> list[list[str]]:

@@ -15,7 +15,7 @@ from megatron_dmc.files import sha256_file
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
 class Tokenizer(ABC):

@@ -1,0 +1,125 @@
+"""What the quickstart runs: the shape of the small model, the lengths of the stages, and how each is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.training.arguments import llama_flags
+
+SMALL_LLAMA = LlamaConfig(
+    hidden_size=128,
+    num_layers=4,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    ffn_hidden_size=384,
+    vocab_size=1024,
+    max_position_embeddings=1024,
+    dtype="float32",
+)
+"""About one million parameters: trained from scratch in minutes on two CPU cores."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One stage: its length, and its learning rate from ``learning_rate`` to ``min_learning_rate``."""
+
+    steps: int
+    learning_rate: float
+    min_learning_rate: float
+    decay: str = "constant"
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run; equal recipes give equal runs. Defaults: the small model.
+
+    ``base`` has no steps where the user brings a model.
+    """
+
+    base: Training = Training(500, 3e-3, 3e-4, "cosine", 20)
+    zero_out: Training = Training(50, 3e-4, 3e-4)
+    retrofit: Training = Training(300, 3e-4, 3e-4)
+    consolidate: Training = Training(150, 3e-4, 3e-5, "cosine")
+    dmc: DMCConfig = field(default_factory=DMCConfig)
+    seq_length: int = 256
+    global_batch_size: int = 16
+    micro_batch_size: int = 16
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        for name in ("zero_out", "retrofit", "consolidate"):
+            if self.stage(name).steps < 1:
+                raise ValueError(f"{name} of {self.stage(name).steps} steps: must be at least 1")
+        for name in ("seq_length", "global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size}: must divide the global batch of {self.global_batch_size}"
+            )
+
+    def stage(self, name: str) -> Training:
+        """The training of ``base``, ``zero_out``, ``retrofit`` or ``consolidate``."""
+        training: Training = getattr(self, name)
+        return training
+
+    def first_sample(self, name: str) -> int:
+        """Position of a stage's first sequence in the one order of all data."""
+        before = STAGES[: STAGES.index(name)]
+        return self.global_batch_size * sum(self.stage(stage).steps for stage in before)
+
+    @property
+    def total_samples(self) -> int:
+        """Sequences that all stages read; control and retrofit read the same ones."""
+        return self.global_batch_size * sum(self.stage(stage).steps for stage in STAGES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+STAGES = ("base", "zero_out", "retrofit", "consolidate")
+
+
+def flags(recipe: Recipe, name: str, *, control: bool = False) -> list[str]:
+    """Megatron's flags and ours for one stage, without the paths.
+
+    Args:
+        recipe: of the run.
+        name: ``base``, ``zero_out``, ``retrofit`` or ``consolidate``.
+        control: train the stage without compression, everything else equal.
+    """
+    training = recipe.stage(name)
+    settings: dict[str, Any] = {
+        "--seq-length": recipe.seq_length,
+        "--micro-batch-size": recipe.micro_batch_size,
+        "--global-batch-size": recipe.global_batch_size,
+        "--train-iters": training.steps,
+        "--lr": training.learning_rate,
+        "--min-lr": training.min_learning_rate,
+        "--lr-decay-style": training.decay,
+        "--lr-warmup-iters": training.warmup_steps,
+        "--save-interval": max(1, training.steps // 3),
+        "--eval-interval": training.steps,
+        "--eval-iters": 0,
+        "--seed": recipe.seed,
+        "--dmc-total-samples": recipe.total_samples,
+        "--dmc-first-sample": recipe.first_sample(name),
+    }
+    plain = control or name == "base"
+    stored = dataclasses.replace(recipe.dmc, stage="off" if plain else name).to_dict()
+    for key, value in stored.items():
+        if key != "schema_version" and value is not None:
+            settings["--dmc-" + key.replace("_", "-")] = value
+    return [str(part) for pair in settings.items() for part in pair]
+
+
+def shape_flags(llama: LlamaConfig) -> list[str]:
+    """Megatron's flags for a model that is trained from scratch."""
+    return [part for flag, value in llama_flags(llama).items() for part in ([flag] if value is None else [flag, value])]

@@ -1,0 +1,107 @@
+"""Everything known about one run, read from its directory, as far as the run has come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dmc.findings import Finding
+from megatron_dmc.report.metrics import COMPRESSING_ORDER, Curve, StageMetrics, join, read_stages, smoothed
+from megatron_dmc.report.quality import quality
+from megatron_dmc.run_directory import RUN_FILE
+
+EVALUATION_FOLDER = "evaluation"
+GENERATION_FILE = "generation.json"
+MODELS = ("base", "control", "dmc")
+STEPS_OF_A_FINAL_VALUE = 20
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run.
+
+    Attributes:
+        path: its directory.
+        run: ``run.json`` (configuration and hash), empty for a directory without one.
+        stages: in the order of their samples, the control's last.
+        evaluations: results of ``base``, ``control``, ``dmc``, as far as they exist.
+        generation: text that was continued, and its cache; empty before.
+        data: manifests of the splits; empty where unknown.
+    """
+
+    path: Path
+    run: Mapping[str, Any]
+    stages: list[StageMetrics]
+    evaluations: Mapping[str, Mapping[str, Any]]
+    generation: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the run's directory."""
+        return self.path.resolve().name
+
+    @property
+    def retrofit(self) -> Curve:
+        """The compressing stages behind one another."""
+        return join([stage for stage in self.stages if stage.stage in COMPRESSING_ORDER])
+
+    @property
+    def control(self) -> Curve | None:
+        """The control's stages behind one another."""
+        stages = [stage for stage in self.stages if stage.is_control]
+        return join(stages) if stages else None
+
+    @property
+    def target_cr(self) -> float | None:
+        """The ratio asked for: from the configuration, else the last one that was logged."""
+        configured = self.run.get("configuration", {}).get("recipe", {}).get("dmc", {}).get("target_cr")
+        if configured is not None:
+            return float(configured)
+        _, targets = self.retrofit.of("target_cr")
+        return targets[-1] if targets else None
+
+    @property
+    def quality(self) -> list[Finding]:
+        """Whether the run reached what it had to."""
+        return quality(self.evaluations, self.target_cr)
+
+
+def collect(path: Path) -> RunFacts:
+    """Read a run, or the directory of a single stage.
+
+    Raises:
+        ValueError: nothing that training or measuring writes is there, or a file is damaged.
+    """
+    stages = read_stages(path)
+    evaluations = {name: _json(path / EVALUATION_FOLDER / f"{name}.json") for name in MODELS}
+    facts = RunFacts(
+        path=path,
+        run=_json(path / RUN_FILE),
+        stages=stages,
+        evaluations={name: result for name, result in evaluations.items() if result},
+        generation=_json(path / GENERATION_FILE),
+        data={name: found for name in ("train", "test") if (found := _json(path / "data" / f"{name}.json"))},
+    )
+    if not facts.stages and not facts.evaluations:
+        raise ValueError(f"{path} holds no metrics and no evaluation: give the output directory of a run or of a stage")
+    return facts
+
+
+def final(stage: StageMetrics, key: str) -> float | None:
+    """Mean of ``key`` over the last steps of a stage; None where it was not logged."""
+    values = [float(step[key]) for step in stage.steps if step.get(key) is not None]
+    return smoothed(values, STEPS_OF_A_FINAL_VALUE)[-1] if values else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,105 @@
+"""What a run found, in sentences and tables: the titles of its pictures and the text of ``report.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from megatron_dmc.report.collect import RunFacts, final
+from megatron_dmc.report.metrics import Curve, smoothed
+
+MODEL_NAMES = {"base": "base", "control": "control, no compression", "dmc": "DMC"}
+
+
+def training_title(facts: RunFacts) -> str:
+    """The end of training in one line."""
+    retrofit, control = facts.retrofit, facts.control
+    parts = []
+    ratio = _last(retrofit, "measured_cr")
+    if ratio is not None:
+        target = f" (target {facts.target_cr:g})" if facts.target_cr is not None else ""
+        parts.append(f"The cache shrinks {ratio:.1f}-fold{target}")
+    parts += _loss_against_control(retrofit, control)
+    return "; ".join(parts) or "Training has not compressed yet"
+
+
+def _loss_against_control(retrofit: Curve, control: Curve | None) -> list[str]:
+    """Both losses at the last step that both have seen."""
+    if control is None or not control.steps or not retrofit.steps:
+        return []
+    shared = min(control.steps[-1], retrofit.steps[-1])
+    ours, theirs = (_at(curve, "lm_loss", shared) for curve in (retrofit, control))
+    if ours is None or theirs is None:
+        return []
+    return [f"after {shared} steps the LM loss is {ours - theirs:+.3f} nats from the control's"]
+
+
+def heat_map_title(ratios_LG: Sequence[Sequence[float]]) -> str:
+    """The extremes among layers and KV heads."""
+    cells = [(ratio, layer, head) for layer, row in enumerate(ratios_LG) for head, ratio in enumerate(row)]
+    low, high = min(cells), max(cells)
+    return (
+        f"Most compressed: layer {high[1]}, KV head {high[2]} ({high[0]:.1f} tokens per entry)\n"
+        f"least: layer {low[1]}, KV head {low[2]} ({low[0]:.1f})"
+    )
+
+
+def cache_title(tokens: int, entries: float) -> str:
+    """The cache at the end of a text."""
+    fewer = f"{tokens / entries:.1f} times fewer"
+    return f"After {tokens} tokens the cache holds {entries:.0f} entries instead of {tokens}: {fewer}"
+
+
+def result_table(facts: RunFacts) -> list[str]:
+    """Markdown: perplexity and cache of each model that was measured."""
+    rows = []
+    for name, evaluation in facts.evaluations.items():
+        for path in ("teacher_forced", "decode"):
+            result = evaluation[path]
+            if result is None:
+                continue
+            cache = result["cache"]
+            held = f"{cache['bytes']:,} of {cache['uncompressed_bytes']:,}" if cache else "no cache on this path"
+            deviation = result["perplexity"] * result["loss_standard_error"]
+            rows.append(
+                (
+                    MODEL_NAMES[name],
+                    {"teacher_forced": "whole sequences", "decode": "token by token, through the cache"}[path],
+                    f"{result['perplexity']:.3f} ± {deviation:.3f}",
+                    f"{result['compression_ratio']:.2f}",
+                    held,
+                )
+            )
+    return table(("model", "path", "perplexity ± standard error", "compression ratio", "cache bytes"), rows)
+
+
+def stage_table(facts: RunFacts) -> list[str]:
+    """Markdown: the length and the last values of each stage."""
+    rows = [
+        (
+            stage.name,
+            str(stage.length),
+            *(_number(final(stage, key)) for key in ("lm_loss", "measured_cr", "target_cr", "step_seconds")),
+        )
+        for stage in facts.stages
+    ]
+    heads = ("stage", "steps", "LM loss", "ratio in training", "its target", "seconds per step")
+    return table(heads, rows)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _last(curve: Curve, key: str) -> float | None:
+    return _at(curve, key, curve.steps[-1]) if curve.steps else None
+
+
+def _at(curve: Curve, key: str, last_step: int) -> float | None:
+    """Running mean of ``key`` at ``last_step``."""
+    values = [value for step, value in zip(*curve.of(key), strict=True) if step <= last_step]
+    return smoothed(values, max(1, len(values) // 20))[-1] if values else None
