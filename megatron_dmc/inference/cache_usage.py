@@ -97,6 +97,15 @@ class CacheUsage:
         """Bytes of all blocks without compression."""
         return self.uncompressed_blocks * self.block_bytes * self.num_heads
 
+    def summary(self) -> str:
+        """One line for people."""
+        bytes_ratio = self.uncompressed_bytes / max(self.bytes_held, 1)
+        return (
+            f"cache: {self.num_entries:,} entries, {_bytes(self.bytes_held)} for {self.num_tokens:,} tokens; "
+            f"uncompressed: {self.uncompressed_entries:,} entries, {_bytes(self.uncompressed_bytes)} "
+            f"(compression ratio {self.compression_ratio:.2f}, {bytes_ratio:.2f} in bytes)"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Totals, and tables by layer (rows) and KV head (columns), ready for JSON."""
         return {
@@ -115,6 +124,13 @@ class CacheUsage:
                 "bytes": [[n * self.block_bytes + self.segment_bytes for n in row] for row in self.blocks],
             },
         }
+
+
+def _bytes(count: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} B"
 
 
 def _table(counts_LG: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -46,7 +46,7 @@ class Engine:
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
     ) -> None:
-        for name, value in (("max_sequences", max_sequences), ("block_size", block_size), ("num_blocks", num_blocks)):
+        for name, value in (("max_sequences", max_sequences), ("num_blocks", num_blocks)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.model = model

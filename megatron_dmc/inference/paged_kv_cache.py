@@ -30,7 +30,7 @@ class CacheShape:
         num_layers, num_kv_heads, head_dim: of the model.
         dtype: of keys and values in the pool.
         window_size: of the model's segments; None for a model that does not compress, which needs no segment state.
-        block_size: entries per block.
+        block_size: entries per block, at least 1.
     """
 
     num_layers: int
@@ -39,6 +39,10 @@ class CacheShape:
     dtype: torch.dtype
     window_size: int | None = None
     block_size: int = DEFAULT_BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size}: must be at least 1 entry (16 by default)")
 
     @property
     def block_bytes(self) -> int:

@@ -37,6 +37,11 @@ class Request:
         """The token that the model reads next."""
         return self.output[-1] if self.output else self.prompt[-1]
 
+    @property
+    def progress(self) -> int:
+        """Tokens that need no more work, of ``max_new_tokens``."""
+        return self.sampling.max_new_tokens if self.finish_reason else len(self.output)
+
     def draw(self) -> float:
         """The request's next random number, in [0, 1)."""
         return self._random.random()

@@ -104,7 +104,12 @@ def test_a_full_cache_is_an_error_and_leaves_nothing_behind():
 def test_impossible_prompts_are_refused_before_any_work(prompt, max_new_tokens, message):
     engine = Engine(tiny_model())
     with pytest.raises(ValueError, match=message):
-        engine.submit([Request([1], SamplingParams(max_new_tokens=5)), Request(prompt, SamplingParams(max_new_tokens=max_new_tokens))])
+        engine.submit(
+            [
+                Request([1], SamplingParams(max_new_tokens=5)),
+                Request(prompt, SamplingParams(max_new_tokens=max_new_tokens)),
+            ]
+        )
     assert not engine.is_busy
 
 

@@ -1,0 +1,125 @@
+"""``megatron-dmc evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_dmc.cli.model_options import add_model_options, open_model, open_tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from megatron_dmc.evaluation.perplexity import Evaluation, PathResult
+
+PATHS = ("teacher-forced", "decode", "both")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command ``evaluate``."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="perplexity and measured compression of a model on your data",
+        description="Reads held-out text twice: whole sequences with hard decisions (teacher-forced), and token by "
+        "token through the compressed cache (decode). In float32 the two must agree; exit code 2: they do not.",
+    )
+    add_model_options(parser)
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", type=Path, metavar="PREFIX", help="indexed data set, without .bin or .idx")
+    data.add_argument("--text", type=Path, metavar="FILE", help="text file, tokenized here")
+    parser.add_argument("--path", choices=PATHS, default="both", help="what to measure (default: both)")
+    parser.add_argument("--sequences", type=int, help="the first so many sequences (default: all)")
+    parser.add_argument("--seq-length", type=int, help="tokens per sequence (default: as long as the model reads)")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences at once (default: 32)")
+    parser.add_argument(
+        "--prefill-length",
+        type=int,
+        default=0,
+        help="tokens of each sequence that decoding reads in one pass first (default: 0)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and insist that the paths agree."""
+    from megatron_dmc.evaluation.perplexity import cut_sequences, evaluate
+    from megatron_dmc.progress import progress
+
+    model, companions = open_model(args)
+    tokens = _tokens(args, companions, model.llama.vocab_size)
+    sequences = cut_sequences(tokens, args.seq_length or model.llama.max_position_embeddings, args.sequences)
+    total = sequences.shape[0] * (sequences.shape[1] - 1)
+    with progress(f"evaluating {args.model.name}", total, "tokens") as advance:
+        evaluation = evaluate(
+            model,
+            sequences,
+            path=args.path,
+            batch_size=args.batch_size,
+            prefill_length=args.prefill_length,
+            block_size=args.block_size,
+            advance=advance,
+        )
+    if args.json:
+        print(json.dumps({"model": str(args.model), **evaluation.to_dict()}, indent=2))
+    else:
+        print("\n".join(_lines(evaluation)))
+    if evaluation.agreement is not None:
+        evaluation.agreement.require()
+    return 0
+
+
+def _tokens(args: argparse.Namespace, companions: Path, vocab_size: int) -> np.ndarray:
+    """The stream of tokens to read."""
+    import numpy as np
+
+    from megatron_dmc.data.indexed import IndexedTokens
+    from megatron_dmc.data.manifest import read_manifest
+
+    if args.data is not None:
+        tokens = IndexedTokens(args.data).tokens
+        manifest = read_manifest(args.data)
+        if manifest is not None and args.tokenizer is not None:
+            tokenizer = open_tokenizer(args, companions, vocab_size)
+            if tokenizer.sha256 != manifest["tokenizer_sha256"]:
+                raise ValueError(f"{args.data} was made with another tokenizer than {args.tokenizer}")
+        return tokens
+    if not args.text.is_file():
+        raise ValueError(f"{args.text} is missing: give a text file, or a data set with --data")
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.text} is not UTF-8 text: {error}") from error
+    return np.array(open_tokenizer(args, companions, vocab_size).encode(text), dtype=np.int64)
+
+
+def _lines(evaluation: Evaluation) -> list[str]:
+    """The result as people read it."""
+    lines = [f"{evaluation.num_sequences} sequences of {evaluation.seq_length} tokens, {evaluation.dtype}"]
+    for name, result in (("teacher-forced", evaluation.teacher_forced), ("decode", evaluation.decode)):
+        if result is not None:
+            loss = f"loss {result.loss:.5f} +- {result.standard_error:.5f}"
+            figures = f"perplexity {result.perplexity:.4f} ({loss}), compression ratio {result.compression_ratio:.3f}"
+            lines.append(f"{name + ':':<15} {figures}, {result.seconds:.1f} s")
+    shown = evaluation.decode or evaluation.teacher_forced
+    assert shown is not None
+    lines += _cache_lines(shown)
+    if evaluation.agreement is not None:
+        figures = evaluation.agreement.to_dict()
+        lines.append(
+            f"agreement: {figures['share_of_equal_decisions']:.6%} of decisions equal, largest log-probability "
+            f"difference {figures['largest_log_prob_difference']:.2e} over {figures['num_tokens_compared']} of "
+            f"{figures['num_tokens']} tokens{'' if figures['asserted'] else ' (reported only: not float32)'}"
+        )
+    return lines
+
+
+def _cache_lines(result: PathResult) -> list[str]:
+    """Size of the cache, and the ratio by layer and KV head."""
+    lines = [] if result.cache is None else [result.cache.summary()]
+    if result.compression_ratio > 1:
+        lines.append("compression ratio by layer (rows) and KV head (columns):")
+        for layer, ratios in enumerate(result.compression_ratio_per_layer_and_kv_head):
+            lines.append(f"  {layer:>3}  " + " ".join(f"{ratio:7.2f}" for ratio in ratios))
+    return lines

@@ -1,0 +1,74 @@
+"""Options of the commands that run a model, and how they open it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_dmc.data.tokenizer import Tokenizer
+    from megatron_dmc.inference.model import LlamaModel
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` and what says how it is run."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Megatron checkpoint, or Hugging Face directory (exported or plain Llama)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="sentencepiece .model file or Hugging Face directory (default: the model's own)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: the stored one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--block-size", type=int, default=16, help="entries per block of the cache (default: 16)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def open_model(args: argparse.Namespace) -> tuple[LlamaModel, Path]:
+    """The model that ``args`` name, and the directory where its own tokenizer would be.
+
+    Raises:
+        ValueError: no readable model, or no such device.
+    """
+    import torch
+
+    from checkpoints_convert.source import open_source
+    from megatron_dmc.inference.model import LlamaModel
+
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; cpu always works") from error
+    source = open_source(args.model)
+    return LlamaModel(source, dtype=args.dtype, device=device), source.companions
+
+
+def open_tokenizer(args: argparse.Namespace, companions: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer that ``args`` name, or that stands beside the model.
+
+    Raises:
+        ValueError: there is none, or its ids exceed the model's vocabulary.
+    """
+    from megatron_dmc.data.tokenizer import load_tokenizer
+
+    if args.tokenizer is None and not companions.is_dir():
+        raise ValueError(f"{args.model} has no tokenizer beside it: give one with --tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer or companions)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}: give the tokenizer "
+            "that the model was trained with"
+        )
+    return tokenizer

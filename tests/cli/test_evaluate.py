@@ -1,0 +1,107 @@
+"""``megatron-dmc evaluate``: what it prints, and its exit codes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dmc.cli import main
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.data.indexed import IndexedWriter
+from megatron_dmc.evaluation import perplexity
+from tests.inference.model_directory import TEXT, VOCAB_SIZE, write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("evaluate") / "model"
+    write_model(directory, DMCConfig(decision_bias=-1.0))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    prefix = model.parent / "test"
+    with IndexedWriter(prefix, VOCAB_SIZE) as writer:
+        for seed in range(3):
+            writer.add(np.random.default_rng(seed).integers(0, VOCAB_SIZE, 200))
+    return prefix
+
+
+def test_both_paths_on_an_indexed_data_set(model, data, capsys):
+    options = ["--seq-length", "50", "--sequences", "6", "--batch-size", "4", "--prefill-length", "10", "--json"]
+    assert main(["evaluate", "--model", str(model), "--data", str(data), *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_tokens"] == 300
+    assert result["agreement"]["failures"] == []
+    assert result["decode"]["cache"]["compression_ratio"] > 1.2
+    assert result["teacher_forced"]["perplexity"] == pytest.approx(result["decode"]["perplexity"], rel=1e-4)
+
+
+def test_a_text_file_for_people(model, tmp_path, capsys):
+    (tmp_path / "held-out.txt").write_text(TEXT[:2000])
+    arguments = ["evaluate", "--model", str(model), "--text", str(tmp_path / "held-out.txt"), "--seq-length", "100"]
+    assert main([*arguments, "--path", "decode"]) == 0
+    printed = capsys.readouterr().out
+    assert "decode:         perplexity" in printed
+    assert "uncompressed:" in printed
+    assert "compression ratio by layer (rows) and KV head (columns):" in printed
+
+
+def test_paths_that_disagree_exit_with_2(model, data, capsys, monkeypatch):
+    honest = perplexity.score_whole
+
+    def shifted(model, token_TB):
+        scores = honest(model, token_TB)
+        scores.log_prob_SB.add_(1e-3)
+        return scores
+
+    monkeypatch.setattr(perplexity, "score_whole", shifted)
+    arguments = ["evaluate", "--model", str(model), "--data", str(data), "--seq-length", "50", "--sequences", "2"]
+    assert main([*arguments, "--json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["agreement"]["failures"]
+    assert "teacher-forced evaluation and decoding disagree: log-probabilities differ by" in printed.err
+    assert main([*arguments, "--dtype", "bfloat16"]) == 0
+    assert "reported only: not float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--model": "nowhere"}, "nowhere"),
+        ({"--data": "nothing"}, "nothing.bin is missing"),
+        ({"--seq-length": "1000"}, "the data has 600 tokens"),
+        ({"--seq-length": "150"}, "the model reads at most 128 tokens"),
+        ({"--sequences": "0"}, "must be at least 1"),
+        ({"--batch-size": "0"}, "batch_size=0"),
+        ({"--block-size": "0"}, "block_size=0"),
+        ({"--prefill-length": "51"}, "from 0 to the sequence length 50"),
+        ({"--device": "abacus"}, "--device abacus"),
+        ({"--path": "fast"}, "invalid choice: 'fast'"),
+    ],
+)
+def test_mistakes_exit_with_1(model, data, changed, message, capsys):
+    options = {"--model": str(model), "--data": str(data), "--seq-length": "50"} | changed
+    try:
+        code = main(["evaluate", *(word for option in options.items() for word in option)])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_data_of_another_vocabulary(model, tmp_path, capsys):
+    with IndexedWriter(tmp_path / "other", 1000) as writer:
+        writer.add(np.full(100, 999))
+    assert main(["evaluate", "--model", str(model), "--data", str(tmp_path / "other"), "--seq-length", "50"]) == 1
+    assert "the data holds token 999" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there(model, data, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    arguments = ["evaluate", "--model", str(model), "--data", str(data), "--device", "cuda"]
+    assert main(arguments) == 1
+    assert "cpu always works" in capsys.readouterr().err
