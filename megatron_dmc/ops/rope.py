@@ -40,13 +40,13 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScalingLike | 
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: rotary embedding turns pairs of channels, give an even head_dim")
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is None:
+    if scaling is None or scaling.rope_type == "default":
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
     if scaling.rope_type == "llama3":
         return _llama3_frequencies(frequencies, scaling)
-    raise ValueError(f"rope_type={scaling.rope_type!r}: supported are 'linear' and 'llama3'")
+    raise ValueError(f"rope_type={scaling.rope_type!r}: supported are 'default', 'linear' and 'llama3'")
 
 
 def _llama3_frequencies(frequencies: Tensor, scaling: RopeScalingLike) -> Tensor:

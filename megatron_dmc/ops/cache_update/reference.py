@@ -57,14 +57,15 @@ def decode(
 
     Args:
         q_SBND, k_SBGD, v_SBGD: before RoPE, the borrowed channel inside.
-        accumulate_SBG: hard decisions; the first token appends whatever its decision.
-        omega_SBG: importances.
+        accumulate_SBG: hard decisions, [S, B, 1] if the heads share them; the first token appends whatever its own is.
+        omega_SBG: importances, of the same shape.
         cos_sin_S: cosine and sine of all positions, [S, D/2].
         window_size: tokens in the mean of a segment; 0 = the whole segment.
     """
     dtype = accumulation_dtype(k_SBGD.dtype)
     length, batch, num_kv_heads, _ = k_SBGD.shape
     group = q_SBND.shape[2] // num_kv_heads
+    accumulate_SBG, omega_SBG = (x.expand(k_SBGD.shape[:-1]) for x in (accumulate_SBG, omega_SBG))
     output = torch.zeros_like(q_SBND)
     lengths = torch.zeros(length, batch, num_kv_heads, dtype=torch.int32)
     for b in range(batch):

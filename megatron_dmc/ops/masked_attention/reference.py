@@ -34,7 +34,7 @@ def masked_attention(
     j_S = torch.arange(length, device=k.device)
     if key_bias_SBG is not None and free_window is not None:
         bias_BNS = key_bias_SBG.to(dtype).permute(1, 2, 0).repeat_interleave(group, 1)
-        scores = scores + bias_BNS[:, :, None] * (i_T1 - j_S > free_window)
+        scores = scores + bias_BNS[:, :, None].where(i_T1 - j_S > free_window, 0.0)
     visible_BTS = (j_S <= i_T1).expand(batch, -1, -1)
     if documents is not None:
         number_BS = torch.stack([_document_numbers(length, starts) for starts in documents]).to(k.device)

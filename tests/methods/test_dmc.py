@@ -1,0 +1,271 @@
+"""The whole operation of DMC: fast against plain, training against decoding, heads against layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.methods import dmc
+from megatron_dmc.ops.cache_update.reference import decode
+from megatron_dmc.ops.compressed_attention.reference import compressed_attention as plain_attention
+from megatron_dmc.ops.decisions import hard_decisions, importance
+from megatron_dmc.ops.rope import cos_sin, inverse_frequencies
+from tests.ops.comparison import assert_same
+
+
+@dataclass
+class Case:
+    """Inputs of the operation and its geometry."""
+
+    inputs: list[Tensor]
+    noise: Tensor | None
+    config: DMCConfig
+    query_starts: list[int] | None = None
+    documents: list[list[int]] | None = None
+
+    def fast(self, q: Tensor, k: Tensor, v: Tensor, decision: Tensor, importance: Tensor) -> Tensor:
+        output, _ = dmc.compressed_attention(
+            q, k, v, decision, importance, self.config, cos_sin_S=self.angles(k), noise_SBG=self.noise,
+            query_starts=self.query_starts, documents=self.documents,
+        )  # fmt: skip
+        return output
+
+    def plain(self, q: Tensor, k: Tensor, v: Tensor, decision: Tensor, importance: Tensor) -> Tensor:
+        noise = None if self.noise is None else self.noise.to(decision.dtype)
+        weights, _ = dmc.decision_weights(decision, importance, noise, self.config, self.documents)
+        return plain_attention(
+            q, k, v, weights, cos_sin_S=self.angles(k), window_size=self.config.window_size,
+            query_starts=self.query_starts, documents=self.documents,
+        )  # fmt: skip
+
+    @staticmethod
+    def angles(k: Tensor) -> tuple[Tensor, Tensor]:
+        return cos_sin(torch.arange(k.shape[0]), inverse_frequencies(k.shape[-1], 10000.0))
+
+    def check(self) -> None:
+        assert_same(self.fast, self.plain, self.inputs)
+
+
+def make_case(
+    length: int = 63,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 16,
+    *,
+    window_size: int = 0,
+    decisions: str = "mixed",
+    hard: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
+    """Random inputs; decision logits straddle 0, or lie far on one side."""
+    generator = torch.Generator().manual_seed(length * 7 + head_dim)
+    num_heads, num_kv_heads = heads
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    offset = {"mixed": 0.0, "append": -40.0, "accumulate": 40.0}[decisions]
+    scalars = (length, 2, num_kv_heads)
+    inputs = [
+        normal(length, 2, num_heads, head_dim),
+        normal(*scalars, head_dim),
+        normal(*scalars, head_dim),
+        normal(*scalars) + offset,
+        normal(*scalars) + 2,
+    ]
+    inputs = [x.to(dtype) for x in inputs[:3]] + [x.to(torch.promote_types(dtype, torch.float32)) for x in inputs[3:]]
+    noise = None if hard else normal(*scalars).to(inputs[3].dtype)
+    return Case(inputs, noise, DMCConfig(window_size=window_size, temperature=0.3))
+
+
+@pytest.mark.parametrize("decisions", ["mixed", "append", "accumulate"])
+@pytest.mark.parametrize("window_size", [0, 1, 12, 16])
+@pytest.mark.parametrize("length", [1, 63, 111])
+def test_equals_plain_form(length: int, window_size: int, decisions: str) -> None:
+    make_case(length, window_size=window_size, decisions=decisions).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("head_dim", [16, 64, 100, 128])
+def test_head_dims_and_dtypes(head_dim: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    make_case(63, heads, head_dim, dtype=dtype).check()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    chunk_length = draw(st.integers(1, 20))
+    num_places = draw(st.integers(1, 4))
+    length = chunk_length * num_places
+    num_kv_heads = draw(st.integers(1, 3))
+    case = make_case(
+        length,
+        (num_kv_heads * draw(st.integers(1, 3)), num_kv_heads),
+        2 * draw(st.integers(1, 9)),
+        window_size=draw(st.sampled_from([0, 0, 1, 2, 5, 12, 100])),
+        decisions=draw(st.sampled_from(["mixed", "mixed", "append", "accumulate"])),
+        hard=draw(st.booleans()),
+    )
+    if draw(st.booleans()):
+        places = draw(st.lists(st.integers(0, num_places - 1), min_size=1, max_size=num_places, unique=True))
+        case.query_starts = [place * chunk_length for place in places]
+        case.inputs[0] = case.inputs[0][: chunk_length * len(places)]
+    if length > 1 and draw(st.booleans()):
+        borders = st.sets(st.integers(1, length - 1), max_size=4)
+        case.documents = [[0, *sorted(draw(borders))] for _ in range(2)]
+    return case
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_any_shape_window_decisions_documents_and_chunks(case: Case) -> None:
+    case.check()
+
+
+@pytest.mark.slow
+@given(cases())
+@settings(max_examples=2000, deadline=None)
+def test_any_shape_at_length(case: Case) -> None:
+    case.check()
+
+
+@pytest.mark.parametrize("decisions_per", ["head", "layer"])
+@pytest.mark.parametrize("window_size", [0, 1, 12])
+def test_hard_decisions_equal_decoding_token_by_token(window_size: int, decisions_per: str) -> None:
+    """The contract of the package, for one layer."""
+    case = make_case(80, dtype=torch.float32, hard=True)
+    q, k, v = case.inputs[:3]
+    k[..., -1] = 4 * k[..., -1] + 5
+    config = DMCConfig(window_size=window_size, decisions_per=decisions_per)
+    logits = dmc.read_logits(q, k, config)
+    angles = Case.angles(k)
+    output, alpha = dmc.compressed_attention(q, k, v, *logits, config, cos_sin_S=angles, noise_SBG=None)
+    omega = importance(logits[1], config.importance_epsilon)
+    expected, lengths = decode(
+        q, k, v, hard_decisions(logits[0], 0.0), omega, cos_sin_S=angles, window_size=window_size
+    )
+    torch.testing.assert_close(output, expected, rtol=0, atol=5e-6)
+    assert torch.equal((~alpha).cumsum(0), lengths.long())
+    assert 0.2 < alpha.float().mean() < 0.8
+
+
+def test_documents_are_computed_as_if_alone() -> None:
+    """No segment and no attention crosses a border, whatever the decision at it says."""
+    case = make_case(60, dtype=torch.float32)
+    case.inputs[3] += 2
+    borders = [0, 13, 14, 40, 60]
+    case.documents = [borders[:-1], borders[:-1]]
+    together = case.fast(*case.inputs)
+    cos, sin = Case.angles(case.inputs[1])
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        alone, _ = dmc.compressed_attention(
+            *(x[start:end] for x in case.inputs), case.config,
+            cos_sin_S=(cos[start:end], sin[start:end]), noise_SBG=case.noise[start:end],
+        )  # fmt: skip
+        torch.testing.assert_close(together[start:end], alone, rtol=0, atol=2e-6)
+
+
+def test_one_decision_per_layer_is_the_mean_over_its_heads() -> None:
+    q, k = torch.randn(7, 2, 6, 8), torch.randn(7, 2, 3, 8)
+    decision, importance_logits = dmc.read_logits(q, k, DMCConfig(decisions_per="layer"))
+    torch.testing.assert_close(decision[..., 0], k[..., -1].mean(-1) - 5)
+    torch.testing.assert_close(importance_logits[..., 0], q[..., -1].mean(-1) + 5)
+    assert dmc.num_decision_heads(3, DMCConfig(decisions_per="layer")) == decision.shape[-1] == 1
+    assert dmc.num_decision_heads(3, DMCConfig()) == 3
+
+
+def test_tensor_parallel_ranks_average_to_the_layer() -> None:
+    q, k = torch.randn(7, 2, 6, 8), torch.randn(7, 2, 2, 8)
+    config = DMCConfig(decisions_per="layer")
+    whole = dmc.read_logits(q, k, config)
+    ranks = [dmc.read_logits(q[:, :, 3 * r : 3 * r + 3], k[:, :, r : r + 1], config) for r in range(2)]
+    for logits, parts in zip(whole, zip(*ranks, strict=True), strict=True):
+        torch.testing.assert_close(sum(parts) / 2, logits)
+
+
+def test_gradients_reach_the_borrowed_channels_through_the_logits_alone() -> None:
+    case = make_case()
+    q, k, v = (x.requires_grad_() for x in case.inputs[:3])
+    logits = [x.detach().requires_grad_() for x in dmc.read_logits(q, k, case.config)]
+    output, _ = dmc.compressed_attention(q, k, v, *logits, case.config, cos_sin_S=Case.angles(k), noise_SBG=case.noise)
+    output.square().sum().backward()
+    assert not q.grad[..., -1].any()
+    assert not k.grad[..., -1].any()
+    assert all(x.grad.abs().max() > 1e-6 for x in logits)
+
+
+def test_decision_fraction_is_hard_with_the_gradient_of_the_relaxation() -> None:
+    logits = torch.randn(50, 2, 3, dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(50, 2, 3, dtype=torch.float64)
+    config = DMCConfig(temperature=0.4)
+    fraction = dmc.decision_fraction(logits, noise, config)
+    torch.testing.assert_close(fraction, (logits + noise > 0).double().mean(0))
+    (found,) = torch.autograd.grad(fraction.sum(), logits)
+    (expected,) = torch.autograd.grad(torch.sigmoid((logits + noise) / 0.4).mean(0).sum(), logits)
+    torch.testing.assert_close(found, expected)
+    without_noise = dmc.decision_fraction(logits, None, DMCConfig(decision_threshold=0.5))
+    torch.testing.assert_close(without_noise, (logits > 0.5).double().mean(0))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_changes_nothing(use_reentrant: bool) -> None:
+    case = make_case(dtype=torch.float32)
+    results = []
+    for run in (case.fast, lambda *x: checkpoint(case.fast, *x, use_reentrant=use_reentrant)):
+        leaves = [x.clone().requires_grad_() for x in case.inputs]
+        output = run(*leaves)
+        output.square().sum().backward()
+        results.append([output, *(x.grad for x in leaves)])
+    for once, twice in zip(*results, strict=True):
+        assert torch.equal(once, twice)
+
+
+def test_only_asked_gradients_are_given() -> None:
+    case = make_case(20)
+    q, k, v, *logits = case.inputs
+    assert not case.fast(q, k, v, *logits).requires_grad
+    v.requires_grad_()
+    case.fast(q, k, v, *logits).sum().backward()
+    assert v.grad is not None
+    assert k.grad is None
+
+
+@pytest.mark.parametrize("neuron_scale", [1.0, 0.4, 0.0])
+def test_faded_attention_ends_where_compression_begins(neuron_scale: float) -> None:
+    """At scale 1 plain causal attention, at 0 DMC that never accumulates."""
+    case = make_case(70)
+    q, k, v = case.inputs[:3]
+    angles = Case.angles(k)
+    found = dmc.faded_attention(q, k, v, neuron_scale, cos_sin_S=angles)
+    scale = torch.ones(q.shape[-1], dtype=q.dtype)
+    scale[-1] = neuron_scale
+
+    def turned(x: Tensor) -> Tensor:
+        cos, sin = (t[:, None, None].repeat(1, 1, 1, 2).double() for t in angles)
+        x = x * scale
+        first, second = x.chunk(2, -1)
+        return (x * cos + torch.cat((-second, first), -1) * sin) * scale
+
+    heads_first = [
+        x.repeat_interleave(q.shape[2] // x.shape[2], 2).permute(1, 2, 0, 3) for x in (turned(q), turned(k), v)
+    ]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True).permute(2, 0, 1, 3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    if neuron_scale == 0:
+        logits = torch.full(k.shape[:-1], -1.0, dtype=q.dtype)
+        never, alpha = dmc.compressed_attention(q, k, v, logits, logits, case.config, cos_sin_S=angles, noise_SBG=None)
+        torch.testing.assert_close(never, found, rtol=0, atol=1e-12)
+        assert not alpha.any()
+
+
+def test_wrong_documents_are_named_before_any_work() -> None:
+    case = make_case(20)
+    case.documents = [[0, 25], [0]]
+    with pytest.raises(ValueError, match="stay below the sequence length 20"):
+        case.fast(*case.inputs)

@@ -1,0 +1,131 @@
+"""Masked attention: pieces through stock kernels against all scores in one matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_dmc.ops.masked_attention import HIDDEN, bias, blockwise, flash, masked_attention, merged
+from megatron_dmc.ops.masked_attention.reference import masked_attention as plain_attention
+from tests.ops.comparison import assert_same
+
+HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1)}
+
+
+def attention_inputs(
+    length: int, heads: tuple[int, int] = (4, 2), head_dim: int = 16, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """q, k, v and a key bias."""
+    torch.manual_seed(0)
+    num_heads, num_kv_heads = heads
+    q = torch.randn(length, 2, num_heads, head_dim)
+    k, v = torch.randn(2, length, 2, num_kv_heads, head_dim)
+    key_bias = F.logsigmoid(10 * torch.randn(length, 2, num_kv_heads))
+    return [x.to(dtype) for x in (q, k, v, key_bias)]
+
+
+def assert_equals_reference(inputs: list[Tensor], **geometry: object) -> None:
+    assert_same(lambda *x: masked_attention(*x, **geometry), lambda *x: plain_attention(*x, **geometry), inputs)
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 12, 16])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("length", [1, 63, 111])
+def test_equals_dense_attention(length: int, heads: str, window: int | None) -> None:
+    assert_equals_reference(attention_inputs(length, HEADS[heads]), free_window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 64, 100, 128])
+def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
+    assert_equals_reference(attention_inputs(63, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("window", [None, 0, 5])
+@pytest.mark.parametrize("query_starts", [[0, 45], [15, 30], [30, 0], [7]])
+def test_chunks_of_queries(query_starts: list[int], window: int | None) -> None:
+    q, *others = attention_inputs(60)
+    documents = [[0, 10, 40], [0]]
+    for rows in (None, documents):
+        inputs = [q[: 15 * len(query_starts)], *others]
+        assert_equals_reference(inputs, query_starts=query_starts, free_window=window, documents=rows)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_hidden_keys_have_no_weight(window: int) -> None:
+    q, k, v, key_bias = attention_inputs(70, dtype=torch.float32)
+    key_bias = torch.where(key_bias < -1, HIDDEN, 0.0)
+    output = masked_attention(q, k, v, key_bias, free_window=window)
+    expected = plain_attention(q, k, v, torch.where(key_bias < 0, -torch.inf, 0.0), free_window=window)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 0, 4])
+def test_blocks_stand_in_for_flash(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merged, "kernel_for", lambda q: blockwise)
+    monkeypatch.setattr(blockwise, "BLOCK", 32)
+    assert_equals_reference(attention_inputs(75), free_window=window, documents=[[0, 20], [0]])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "kernel", "reason"),
+    [
+        ("cpu", torch.float64, 17, flash.CpuFlash, "stock"),
+        ("cuda", torch.bfloat16, 128, flash.CudaFlash, "FlashAttention 2"),
+        ("cuda", torch.float32, 128, blockwise, "not torch.float32"),
+        ("cuda", torch.bfloat16, 100, blockwise, "in eights, not 100"),
+        ("cuda", torch.float16, 264, blockwise, "up to 256"),
+        ("mps", torch.float16, 64, blockwise, "no flash attention is known"),
+    ],
+)
+def test_choice_of_kernel(device: str, dtype: torch.dtype, head_dim: int, kernel: object, reason: str) -> None:
+    chosen, why = flash.choose(device, dtype, head_dim)
+    assert chosen is kernel
+    assert reason in why
+
+
+@pytest.mark.parametrize("head_dim", [64, 100, 128])
+@pytest.mark.parametrize("value", [-0.01, -1.0, -20.0, HIDDEN])
+def test_folded_bias_reaches_the_score(head_dim: int, value: float) -> None:
+    """In bfloat16 the relative error of the bias is that of one rounding; float16 holds HIDDEN."""
+    for dtype, precision in ((torch.float64, 1e-15), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
+        q, k = torch.zeros(2, 1, 1, 1, head_dim, dtype=dtype)
+        bias.fold(q, k, torch.full((1, 1, 1), value, dtype=torch.float64), head_dim**-0.5)
+        score = (q.double() * k.double()).sum() * head_dim**-0.5
+        assert score.item() == pytest.approx(value, rel=precision)
+
+
+def test_gradcheck() -> None:
+    inputs = [x.requires_grad_() for x in attention_inputs(7, head_dim=2)]
+    geometry = {"free_window": 2, "documents": [[0, 3], [0]]}
+    torch.autograd.gradcheck(lambda *x: masked_attention(*x, **geometry), inputs, fast_mode=True)
+
+
+def test_no_gradient_where_none_is_asked() -> None:
+    q, k, v, key_bias = attention_inputs(20)
+    assert not masked_attention(q, k, v, key_bias).requires_grad
+    v.requires_grad_()
+    masked_attention(q, k, v, key_bias).sum().backward()
+    assert v.grad is not None
+    assert q.grad is None
+
+
+def test_wrong_geometry_is_named() -> None:
+    q, k, v, key_bias = attention_inputs(12)
+    wrong = [
+        ({"query_starts": [0, 5, 9, 1, 2]}, "12 queries in 5 chunks"),
+        ({"query_starts": [0, 7]}, r"those at \[7\] do not"),
+        ({"documents": [[0]]}, "documents of 1 rows for a batch of 2"),
+        ({"documents": [[0], [3]]}, r"document starts \[3\]: must ascend from 0"),
+        ({"documents": [[0], [0, 12]]}, "stay below the sequence length 12"),
+        ({"free_window": -1}, "free_window=-1: must be >= 0"),
+    ]
+    for geometry, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            masked_attention(q, k, v, key_bias, **geometry)
+    with pytest.raises(ValueError, match="key bias None"):
+        masked_attention(q, k, v, None)
+    with pytest.raises(ValueError, match="query heads must be a multiple"):
+        masked_attention(q[:, :, :3], k, v, key_bias)
