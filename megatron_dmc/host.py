@@ -184,10 +184,16 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
+_REWRITTEN_METHODS = frozenset({torch.Tensor.to, torch.Tensor.pin_memory, torch.Tensor.type})
+
+
 class _DeviceRewrite(TorchFunctionMode):
     """Replaces CUDA devices in torch calls by the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Every torch call passes here: most leave at once.
+        if not kwargs and func not in _REWRITTEN_METHODS:
+            return func(*args)
         kwargs = kwargs or {}
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
