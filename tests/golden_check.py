@@ -30,6 +30,7 @@ from megatron_dmc.ops.compressed_attention.reference import rotated
 from megatron_dmc.ops.kv_pooling import reference as plain_pooling
 from megatron_dmc.ops.masked_attention import reference as plain_masked_attention
 from megatron_dmc.ops.rope import cos_sin, faded_rotation, inverse_frequencies, rotate
+from tests.inference.paged_decode import paged_decode
 from tests.tolerances import GOLDEN_GRADIENT, GOLDEN_OUTPUT, gradient_error, output_error
 
 FLOAT32_IMPORTANCE_EPSILON = 1.1920929e-07
@@ -76,7 +77,7 @@ def full_sequence(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
 
 
 def decode_steps(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
-    """``decode_*``: the recurrence of the cache, and the full sequence with hard decisions, which must equal it."""
+    """``decode_*``: the recurrence of the cache; the full sequence with hard decisions, and the paged cache."""
     config = _config(settings, BF16_IMPORTANCE_EPSILON)
     angles = _angles(settings)
     q, k, v = (tensors[name] for name in ("query", "key", "value"))
@@ -85,9 +86,11 @@ def decode_steps(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
     omega = decisions.importance(logits[1], config.importance_epsilon)
     output, lengths = decode(q, k, v, accumulate, omega, cos_sin_S=angles, window_size=config.window_size)
     whole, hard = dmc.compressed_attention(q, k, v, *logits, config, cos_sin_S=angles, noise_SBG=None)
+    paged, paged_lengths = paged_decode(q, k, v, config, float(settings["rope_base"]))
     return {
         "reference": {"output": output, "cache_length": lengths},
         "fast": {"output": whole, "cache_length": (~hard).cumsum(0)},
+        "paged": {"output": paged, "cache_length": paged_lengths},
     }
 
 

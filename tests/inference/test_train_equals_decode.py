@@ -9,6 +9,11 @@ import torch
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.attention import DecisionTrace
+from megatron_dmc.methods import dmc
+from megatron_dmc.ops.cache_update import reference
+from megatron_dmc.ops.decisions import hard_decisions, importance
+from megatron_dmc.ops.rope import cos_sin, inverse_frequencies
+from tests.inference.paged_decode import paged_decode
 from tests.inference.tiny_model import tiny_model
 
 LENGTH = 60
@@ -113,3 +118,28 @@ def test_a_request_that_lost_its_cache_resumes():
     for t in range(30, LENGTH):
         log_probs = model.logits(model.decode(token_SB[t], cache, rows_B)).log_softmax(-1)
         torch.testing.assert_close(log_probs, expected[t], **TOLERANCE)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window_size", [0, 12])
+def test_paged_attention_equals_the_recurrence_of_the_paper(window_size, heads):
+    """1. ``cache_update.reference``, token by token and head by head; 2. the paged cache, with and without prefill."""
+    num_heads, num_kv_heads = HEADS[heads]
+    config = DMCConfig(window_size=window_size, decision_bias=-0.5)
+    generator = torch.Generator().manual_seed(1)
+    q_SBND = torch.randn(40, 2, num_heads, 16, generator=generator)
+    k_SBGD, v_SBGD = torch.randn(2, 40, 2, num_kv_heads, 16, generator=generator)
+    decision_SBG, importance_SBG = dmc.read_logits(q_SBND, k_SBGD, config)
+    expected, lengths = reference.decode(
+        q_SBND,
+        k_SBGD,
+        v_SBGD,
+        hard_decisions(decision_SBG, config.decision_threshold),
+        importance(importance_SBG, config.importance_epsilon),
+        cos_sin_S=cos_sin(torch.arange(40), inverse_frequencies(16, 10000.0)),
+        window_size=window_size,
+    )
+    for prefill_length in (0, 25):
+        output, paged_lengths = paged_decode(q_SBND, k_SBGD, v_SBGD, config, 10000.0, prefill_length)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(paged_lengths[prefill_length:], lengths[prefill_length:])
