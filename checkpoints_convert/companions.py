@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.checkpoint.bounded import read_json
+from megatron_dmc.files import write_json
+from megatron_dmc.llama import LlamaConfig, to_hf_config
 
 FOLDER = "hugging_face"
 """Folder of a Megatron checkpoint with what Megatron has no place for: config.json and the tokenizer's files."""
 
-TOKENIZER_NAMES = (
+COMPANION_NAMES = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,14 +30,19 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def companion_files(directory: Path) -> list[Path]:
-    """The files of a model directory, besides its weights and index, that belong to the model."""
-    names = ("config.json", *TOKENIZER_NAMES)
-    return [path for name in names if (path := directory / name).is_file()]
+    """The files of a model directory that travel as they are."""
+    return [path for name in COMPANION_NAMES if (path := directory / name).is_file()]
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Keep the companions of a Hugging Face directory in a new folder."""
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds the file that defines a tokenizer."""
+    return any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def keep_companions(source: Path, folder: Path, llama: LlamaConfig) -> None:
+    """Keep what Megatron has no place for in a new folder: the tokenizer's files, and a configuration with ids."""
     folder.mkdir()
+    write_json(folder / "config.json", to_hf_config(llama, **token_ids(source)))
     for path in companion_files(source):
         shutil.copyfile(path, folder / path.name)
 
@@ -54,13 +61,12 @@ def copy_tokenizer(tokenizer: Path | None, folder: Path) -> dict[str, Any]:
     if tokenizer.is_file() and tokenizer.suffix == ".model":
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
         return _sentencepiece_ids(tokenizer)
-    files = [path for path in companion_files(tokenizer) if path.name != "config.json"] if tokenizer.is_dir() else []
-    if not any(path.name in ("tokenizer.model", "tokenizer.json") for path in files):
+    if not has_tokenizer(tokenizer):
         raise ValueError(
             f"{tokenizer} is no tokenizer: give a sentencepiece .model file, or a directory with tokenizer.model or "
             "tokenizer.json"
         )
-    for path in files:
+    for path in companion_files(tokenizer):
         shutil.copyfile(path, folder / path.name)
     return token_ids(tokenizer)
 

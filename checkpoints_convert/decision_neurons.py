@@ -20,10 +20,11 @@ def clear_borrowed_rows(entry: Entry, parts: Sequence[Tensor], llama: LlamaConfi
     if entry.mapping.layout is not layouts.QKV:
         return parts
     q, k, v = parts
-    return (_cleared(q, llama.head_dim), _cleared(k, llama.head_dim), v)
+    return (clear_rows(q, llama.head_dim), clear_rows(k, llama.head_dim), v)
 
 
-def _cleared(weight: Tensor, head_dim: int) -> Tensor:
+def clear_rows(weight: Tensor, head_dim: int) -> Tensor:
+    """A copy of ``[heads x D, ...]`` with the last row of every head at zero."""
     cleared = weight.clone()
     cleared[head_dim - 1 :: head_dim] = 0
     return cleared

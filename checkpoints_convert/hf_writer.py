@@ -1,11 +1,11 @@
-"""A Hugging Face model directory, written: shards of safetensors with an index, streamed tensor by tensor."""
+"""Any model source, written as a Hugging Face directory: safetensors in shards, index, configuration, tokenizer."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_convert import companions
 from checkpoints_convert.hf_directory import INDEX_NAME, SINGLE_NAME
+from checkpoints_convert.layouts import MegatronShape
+from checkpoints_convert.model_card import CardFacts, model_card
+from checkpoints_convert.options import Options
 from checkpoints_convert.param_map import Entry, entries
 from checkpoints_convert.progress import Progress
+from checkpoints_convert.sizes import itemsize, weight_bytes
+from checkpoints_convert.source import Source
 from checkpoints_convert.streams import HashedFile
+from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
-from megatron_dmc.files import write_json
-from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.files import new_directory, write_json, write_text
+from megatron_dmc.llama import LlamaConfig, to_hf_config
 
 SHARD_BYTES = 5_000_000_000
 """Largest shard, as in transformers' save_pretrained."""
 _HEADER_ALIGNMENT = 8
+
+
+def write_hugging_face(
+    source: Source,
+    destination: Path,
+    label: str,
+    *,
+    facts: CardFacts | None = None,
+    tokenizer: Path | None = None,
+    options: Options,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a model with everything that ``from_pretrained`` needs, a model card and a manifest.
+
+    Args:
+        facts: what the card tells besides the shape of the model.
+        tokenizer: Hugging Face directory or sentencepiece file; default: the companions of the source.
+        check: called (unless the options say not to verify) with the complete directory before it takes its place;
+            what it raises leaves nothing behind.
+
+    Raises:
+        ValueError: no tokenizer at the path, or a destination that exists.
+    """
+    if tokenizer is None and companions.has_tokenizer(source.companions):
+        tokenizer = source.companions
+    options.check_resources(MegatronShape(source.llama, source.llama.vocab_size), destination)
+    with new_directory(destination, overwrite=options.overwrite) as partial:
+        ids = companions.token_ids(source.companions) | companions.copy_tokenizer(tokenizer, partial)
+        write_json(partial / "config.json", to_hf_config(source.llama, source.dmc, **ids))
+        progress = Progress(label, weight_bytes(source.llama))
+        hashes = write_weights(partial, source.llama, source.parts, progress)
+        write_text(partial / "README.md", model_card(destination.name, source.llama, source.dmc, facts or CardFacts()))
+        write_manifest(partial, hashes)
+        progress.finish()
+        if check is not None and options.verify:
+            check(partial)
 
 
 @dataclass(frozen=True)
@@ -40,7 +83,7 @@ def plan_shards(llama: LlamaConfig, limit: int = SHARD_BYTES) -> list[Shard]:
     filled = 0
     for entry in entries(llama):
         for name, shape in zip(entry.hf_names, entry.hf_shapes(llama), strict=True):
-            size = math.prod(shape) * getattr(torch, llama.dtype).itemsize
+            size = math.prod(shape) * itemsize(llama)
             if groups[-1] and filled + size > limit:
                 groups.append([])
                 filled = 0
@@ -68,13 +111,13 @@ def write_weights(
         SHA-256 by file name.
     """
     dtype = getattr(torch, llama.dtype)
-    stream_of = _tensors(llama, parts)
+    tensors = _named_tensors(llama, parts)
     hashes, weight_map, total = {}, {}, 0
     for shard in plan_shards(llama, shard_bytes):
         with HashedFile(directory / shard.file_name, progress) as stream:
             stream.write(_header(shard, dtype))
             for name, shape in shard.tensors:
-                given, tensor = next(stream_of)
+                given, tensor = next(tensors)
                 assert (given, tuple(tensor.shape), tensor.dtype) == (name, shape, dtype)
                 tensor = tensor.contiguous()
                 stream.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
@@ -87,7 +130,7 @@ def write_weights(
     return hashes
 
 
-def _tensors(llama: LlamaConfig, parts: Callable[[Entry], Sequence[Tensor]]) -> Any:
+def _named_tensors(llama: LlamaConfig, parts: Callable[[Entry], Sequence[Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for entry in entries(llama):
         yield from zip(entry.hf_names, parts(entry), strict=True)
 

@@ -9,25 +9,26 @@ from megatron_dmc.llama import LlamaConfig
 
 
 @dataclass(frozen=True)
-class ExportFacts:
-    """What the card tells.
+class CardFacts:
+    """What the card tells besides the model itself.
 
-    ``dmc`` are the settings that the exported model carries, ``trained`` those of the checkpoint it came from.
+    Attributes:
+        trained: DMC settings of the checkpoint it came from, also where the exported model carries none.
+        iteration: of that checkpoint.
+        measured_cr: compression ratio that an evaluation measured.
     """
 
-    name: str
-    llama: LlamaConfig
-    dmc: DMCConfig | None
-    trained: DMCConfig | None
-    iteration: int
+    trained: DMCConfig | None = None
+    iteration: int = 0
     measured_cr: float | None = None
 
 
-def model_card(facts: ExportFacts) -> str:
+def model_card(name: str, llama: LlamaConfig, dmc: DMCConfig | None, facts: CardFacts) -> str:
     """Text of the card, in Markdown with the front matter that model hubs read."""
-    tags = ["llama", "megatron"] + (["dynamic-memory-compression", "kv-cache-compression"] if facts.dmc else [])
+    tags = ["llama", "megatron"] + (["dynamic-memory-compression", "kv-cache-compression"] if dmc else [])
     front = "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags), "---"])
-    return "\n\n".join([front, f"# {facts.name}", _shape(facts.llama), *_method(facts)]) + "\n"
+    paragraphs = _plain(facts) if dmc is None else _compressed(dmc, facts)
+    return "\n\n".join([front, f"# {name}", _shape(llama), *paragraphs]) + "\n"
 
 
 def _shape(llama: LlamaConfig) -> str:
@@ -43,16 +44,17 @@ def _shape(llama: LlamaConfig) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _method(facts: ExportFacts) -> list[str]:
+def _plain(facts: CardFacts) -> list[str]:
     trained = facts.trained
-    if facts.dmc is None:
-        if trained is None or trained.stage == "off":
-            return ["A Llama, exported from a Megatron-LM checkpoint."]
-        return [
-            f"A Llama, exported from stage `{trained.stage}` of a retrofit with Dynamic Memory Compression (iteration "
-            f"{facts.iteration}). The last channel of every query and key head is zero; nothing is compressed."
-        ]
-    dmc = facts.dmc
+    if trained is None or trained.stage == "off":
+        return ["A Llama, exported from a Megatron-LM checkpoint."]
+    return [
+        f"A Llama, exported from stage `{trained.stage}` of a retrofit with Dynamic Memory Compression (iteration "
+        f"{facts.iteration}). The last channel of every query and key head is zero; nothing is compressed."
+    ]
+
+
+def _compressed(dmc: DMCConfig, facts: CardFacts) -> list[str]:
     measured = (
         f"Measured compression ratio of the key-value cache: **{facts.measured_cr:.2f}**."
         if facts.measured_cr is not None

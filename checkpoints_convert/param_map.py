@@ -6,6 +6,7 @@ v vocab_size; Megatron stacks the layers of ``torch_dist`` on a new first axis.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ TABLE = (
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_LAYER = "output_layer.weight"
+EMBEDDING_ROW = "embedding.word_embeddings.weight"
 
 # Modules of Megatron that keep an (empty) state of low-precision training beside each layer's weights.
 EXTRA_STATE_MODULES = (
@@ -131,6 +133,7 @@ def entries(llama: LlamaConfig) -> list[Entry]:
     return [Entry(row, None) for row in before] + in_layers + [Entry(row, None) for row in after]
 
 
+@functools.lru_cache(maxsize=8)
 def by_hf_name(llama: LlamaConfig) -> dict[str, tuple[Entry, int]]:
     """For every Hugging Face name its entry and its place among the entry's tensors."""
     return {name: (entry, place) for entry in entries(llama) for place, name in enumerate(entry.hf_names)}

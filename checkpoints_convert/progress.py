@@ -41,7 +41,7 @@ class Progress:
 
     def _write(self, before: str, after: str) -> None:
         seconds = max(self.seconds, 1e-9)
-        share = self.done_bytes / self.total_bytes if self.total_bytes else 1.0
+        share = min(self.done_bytes / self.total_bytes, 1.0) if self.total_bytes else 1.0  # headers count as done too
         left = seconds / share - seconds if share else 0.0
         line = (
             f"{self.label}: {share:4.0%} of {human_bytes(self.total_bytes)}, "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from checkpoints_convert.companions import FOLDER
 from checkpoints_convert.hf_directory import HuggingFaceDirectory
 from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.param_map import Entry, by_hf_name, check_names, entries
@@ -20,21 +20,42 @@ from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.llama import LlamaConfig
 
+_EMBEDDING = "embedding.word_embeddings.weight"
 # Not part of the model: what Megatron keeps for the optimizer, the random state and the run.
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
 
 
-class ModelSource(Protocol):
-    """A checkpoint that tells its shape and gives its tensors one at a time, under Hugging Face names."""
+class Source:
+    """A model whose tensors can be read one after the other, under Hugging Face names.
 
+    Attributes:
+        directory: where its weights are.
+        companions: folder with its configuration and tokenizer files; it need not exist.
+        llama: its shape, with the type of its stored tensors.
+        dmc: its DMC settings; None: it has none.
+    """
+
+    directory: Path
+    companions: Path
     llama: LlamaConfig
     dmc: DMCConfig | None
+    _last: tuple[Entry, Sequence[Tensor]] | None = None
+
+    def parts(self, entry: Entry) -> Sequence[Tensor]:
+        """The Hugging Face tensors of an entry of the table."""
+        raise NotImplementedError
 
     def names(self) -> list[str]:
         """Every tensor, in the order of the forward pass."""
+        return list(by_hf_name(self.llama))
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in memory of its own or shared with those fused with it."""
+        """One tensor. Those that Megatron fuses with it stay in memory until another entry is read."""
+        entry, place = by_hf_name(self.llama)[name]
+        if self._last is None or self._last[0] != entry:
+            self._last = None
+            self._last = (entry, self.parts(entry))
+        return self._last[1][place]
 
 
 def open_source(path: Path | str) -> HuggingFaceSource | MegatronSource:
@@ -46,37 +67,37 @@ def open_source(path: Path | str) -> HuggingFaceSource | MegatronSource:
         ValueError: no checkpoint, a damaged or hostile one, another model than a Llama, missing or unknown tensors.
     """
     location = locate(path)
-    if location.format == HUGGING_FACE:
-        return HuggingFaceSource(location.directory)
-    return MegatronSource(location)
+    return HuggingFaceSource(location.directory) if location.format == HUGGING_FACE else MegatronSource(location)
 
 
-class HuggingFaceSource:
-    """A Hugging Face directory as a model; ``llama.dtype`` is the type of the stored tensors."""
+class HuggingFaceSource(Source):
+    """A Hugging Face directory."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory = self.companions = directory
         self.files = HuggingFaceDirectory(directory)
         self.llama, self.dmc = self.files.llama, self.files.dmc
 
-    def names(self) -> list[str]:
-        return list(by_hf_name(self.llama))
+    def parts(self, entry: Entry) -> Sequence[Tensor]:
+        return [self.tensor(name) for name in entry.hf_names]
 
     def tensor(self, name: str) -> Tensor:
         return self.files.tensors[name].read()
 
-    def parts(self, entry: Entry) -> Sequence[Tensor]:
-        """The Hugging Face tensors of an entry of the table."""
-        return [self.tensor(name) for name in entry.hf_names]
 
+class MegatronSource(Source):
+    """A Megatron checkpoint.
 
-class MegatronSource:
-    """A Megatron checkpoint as a model. The tensors fused with the last one read stay in memory until the next."""
+    Attributes:
+        settings: its saved arguments and what follows from them.
+        shape: the model with its padded vocabulary.
+        states_vocab_size: whether it tells how many rows of the embedding are real.
+    """
 
     def __init__(self, location: Location) -> None:
         self.location = location
         self.directory = location.directory
-        what = str(location.directory)
+        self.companions = location.directory / FOLDER
         self._weights: _TorchDistWeights | _LegacyWeights
         if location.format == LEGACY:
             self._weights = _LegacyWeights(LegacyCheckpoint(self.directory))
@@ -84,16 +105,14 @@ class MegatronSource:
             self._weights = _TorchDistWeights(TorchDistCheckpoint(self.directory))
         padded = self._weights.padded_vocab_size()
         self.settings: MegatronSettings = settings_from_state(
-            self._weights.common_state(), padded, what, location.iteration
+            self._weights.common_state(), padded, str(location.directory), location.iteration
         )
         self.states_vocab_size = type(self.settings.args.get("vocab_size")) is int
-        dtype = self._weights.dtype()
-        self.llama = dataclasses.replace(self.settings.llama, dtype=str(dtype).removeprefix("torch."))
+        dtype = str(self._weights.dtype()).removeprefix("torch.")
+        self.llama = dataclasses.replace(self.settings.llama, dtype=dtype)
         self.dmc = self.settings.dmc
         self.shape = MegatronShape(self.llama, padded)
-        self._by_name = by_hf_name(self.llama)
         self._weights.check(self.shape)
-        self._last: tuple[Entry, tuple[Tensor, ...]] | None = None
 
     def set_vocab_size(self, vocab_size: int) -> None:
         """State the rows of the vocabulary for a checkpoint that does not.
@@ -110,38 +129,30 @@ class MegatronSource:
         self.llama = dataclasses.replace(self.llama, vocab_size=vocab_size)
         self.shape = MegatronShape(self.llama, self.shape.padded_vocab_size)
 
-    def names(self) -> list[str]:
-        return list(self._by_name)
-
-    def tensor(self, name: str) -> Tensor:
-        entry, place = self._by_name[name]
-        if self._last is None or self._last[0] != entry:
-            self._last = None
-            self._last = (entry, self.parts(entry))
-        return self._last[1][place]
-
-    def parts(self, entry: Entry) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors of an entry of the table, as views of Megatron's one."""
+    def parts(self, entry: Entry) -> Sequence[Tensor]:
         return entry.mapping.layout.split(self.fused(entry), self.shape)
 
     def fused(self, entry: Entry) -> Tensor:
         """Megatron's tensor for an entry, over all its ranks."""
         return self._weights.read(entry)
 
+    def embedding_row(self, row: int) -> Tensor:
+        """The embedding of one token."""
+        return self._weights.embedding_row(row)
+
 
 class _TorchDistWeights:
     def __init__(self, checkpoint: TorchDistCheckpoint) -> None:
         self.checkpoint = checkpoint
         self.common_state = checkpoint.common_state
+        if _EMBEDDING not in checkpoint.tensors:
+            raise ValueError(f"{checkpoint.directory} holds no {_EMBEDDING}: not a Llama of Megatron")
 
     def padded_vocab_size(self) -> int:
-        name = "embedding.word_embeddings.weight"
-        if name not in self.checkpoint.tensors:
-            raise ValueError(f"{self.checkpoint.directory} holds no {name}: not a Llama of Megatron")
-        return self.checkpoint.tensors[name].shape[0]
+        return self.checkpoint.tensors[_EMBEDDING].shape[0]
 
     def dtype(self) -> torch.dtype:
-        return self.checkpoint.tensors["embedding.word_embeddings.weight"].dtype
+        return self.checkpoint.tensors[_EMBEDDING].dtype
 
     def check(self, shape: MegatronShape) -> None:
         """Names, shapes and types of every tensor."""
@@ -157,6 +168,9 @@ class _TorchDistWeights:
     def read(self, entry: Entry) -> Tensor:
         return self.checkpoint.read(entry.stacked_name, entry.layer)
 
+    def embedding_row(self, row: int) -> Tensor:
+        return self.checkpoint.read(_EMBEDDING, row)
+
 
 class _LegacyWeights:
     def __init__(self, checkpoint: LegacyCheckpoint) -> None:
@@ -166,7 +180,7 @@ class _LegacyWeights:
         self.padded_vocab_size = checkpoint.padded_vocab_size
 
     def dtype(self) -> torch.dtype:
-        return self.tensors["embedding.word_embeddings.weight"][0].dtype
+        return self.tensors[_EMBEDDING][0].dtype
 
     def check(self, shape: MegatronShape) -> None:
         """Names, shapes and types of every tensor."""
@@ -174,7 +188,7 @@ class _LegacyWeights:
         check_names(self.tensors, {entry.megatron_name for entry in expected}, str(self.checkpoint.directory))
         for entry in expected:
             shards = self.tensors[entry.megatron_name]
-            # Meta tensors: the layout itself says what shards a whole tensor has.
+            # On the meta device: the layout itself says what shards a whole tensor has.
             whole = torch.empty(entry.megatron_shape(shape), device="meta")
             for rank, cut in enumerate(entry.mapping.layout.shard(whole, len(shards))):
                 _check_shape(f"{entry.megatron_name} of tensor rank {rank}", shards[rank].shape, tuple(cut.shape))
@@ -182,6 +196,11 @@ class _LegacyWeights:
 
     def read(self, entry: Entry) -> Tensor:
         return entry.mapping.layout.unshard([shard.read() for shard in self.tensors[entry.megatron_name]])
+
+    def embedding_row(self, row: int) -> Tensor:
+        shards = self.tensors[_EMBEDDING]
+        rank, place = divmod(row, shards[0].shape[0])
+        return shards[rank].rows(place, place + 1).read()[0]
 
 
 def _check_shape(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:

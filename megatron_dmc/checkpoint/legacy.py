@@ -21,7 +21,7 @@ _RANK = re.compile(r"mp_rank_(?P<tensor>[0-9]{2})(_(?P<pipeline>[0-9]{3}))?")
 _LAYER = re.compile(r"decoder\.layers\.(?P<layer>[0-9]+)\.(?P<rest>.+)")
 
 # Norms of the local spec, under the names of Transformer Engine's and of torch_dist.
-_LOCAL_SPEC_NAMES = {
+LOCAL_SPEC_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
@@ -109,7 +109,7 @@ class LegacyCheckpoint:
             match = _LAYER.fullmatch(name)
             full = name
             if match is not None:
-                rest = _LOCAL_SPEC_NAMES.get(match["rest"], match["rest"])
+                rest = LOCAL_SPEC_NAMES.get(match["rest"], match["rest"])
                 full = f"decoder.layers.{layer + int(match['layer'])}.{rest}"
             elif name.startswith("output_layer.") and self._ties_embeddings and not is_first:
                 continue  # the last stage's copy of the embedding

@@ -53,6 +53,14 @@ LLAMA_ARGUMENTS: dict[str, Any] = {
     "num_experts": None,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
+    "softmax_type": "vanilla",
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "no_rope_freq": None,
+    "linear_attention_freq": None,
+    "experimental_attention_variant": None,
+    "heterogeneous_layers_config_path": None,
+    "use_mup": False,
     "window_size": None,
     "attention_output_gate": False,
     "attention_dropout": 0.0,
@@ -175,6 +183,8 @@ def llama_from_arguments(args: Mapping[str, Any], padded_vocab_size: int, what: 
         if name not in _NOT_CHECKED and args.get(name, value) != value:
             raise ValueError(f"{what} was trained with {name}={args[name]!r}: a Llama has {value!r}")
     values: dict[str, Any] = {field: args.get(argument) for argument, field in _FIELDS.items()}
+    if values["rms_norm_eps"] is None:
+        values["rms_norm_eps"] = args.get("norm_epsilon")  # its name up to core 0.18
     heads = values["num_attention_heads"]
     if not args.get("group_query_attention") or values["num_kv_heads"] is None:
         values["num_kv_heads"] = heads

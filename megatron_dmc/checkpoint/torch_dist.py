@@ -172,11 +172,7 @@ class TorchDistCheckpoint:
         stored = chunk.item.open()
         if not isinstance(stored, StoredTensor) or stored.dtype != tensor.dtype or stored.shape != chunk.sizes:
             raise ValueError(f"{chunk.item.path} at {chunk.item.offset} does not hold the chunk of {tensor.name}")
-        row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-        shape = (last - first, *stored.shape[1:])
-        return StoredTensor(
-            stored.path, stored.offset + first * row_bytes, stored.dtype, shape, stored.contiguous
-        ).read()
+        return stored.rows(first, last).read()
 
 
 def _check_cover(tensor: ShardedTensor, chunks: list[Chunk], start: int, stop: int) -> None:

@@ -7,6 +7,7 @@ reader could take for something else), so that what is checked here is what torc
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import io
 import math
 import os
@@ -48,6 +49,12 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """Entries ``first .. last`` of the first axis."""
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        shape = (last - first, *self.shape[1:])
+        return dataclasses.replace(self, offset=self.offset + first * row_bytes, shape=shape)
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own."""

@@ -1,0 +1,101 @@
+"""``inspect``: what a checkpoint is, from its headers and settings, and what is missing or damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.hf_directory import HuggingFaceDirectory
+from checkpoints_convert.progress import human_bytes
+from checkpoints_convert.source import MegatronSource
+from megatron_dmc.checkpoint.guard import check_checkpoint
+from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
+from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
+from megatron_dmc.checkpoint.manifest import manifest_problems, read_manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What was found: ``facts`` for people and programs; ``problems``, none in a whole checkpoint."""
+
+    facts: dict[str, Any]
+    problems: list[str]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        width = max(len(name) for name in self.facts)
+        told = [f"{name:<{width}}  {_told(value)}" for name, value in self.facts.items()]
+        return told + [f"PROBLEM: {problem}" for problem in self.problems]
+
+
+def inspect_checkpoint(path: Path | str, *, hashes: bool = True) -> Inspection:
+    """Describe the checkpoint at ``path`` without executing anything in it.
+
+    Args:
+        hashes: compare every file with the SHA-256 in its manifest (reads all of them).
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    location = locate(path)
+    files = [file for file in location.directory.rglob("*") if file.is_file()]
+    facts: dict[str, Any] = {
+        "path": str(path),
+        "format": location.format,
+        "files": len(files),
+        "size": sum(file.stat().st_size for file in files),
+    }
+    problems: list[str] = []
+    _collect(problems, lambda: facts.update(_model_facts(location)))
+    _collect(problems, lambda: facts.update({"pickles scanned": check_checkpoint(location.directory)}))
+    _collect(problems, lambda: problems.extend(manifest_problems(location.directory, hashes=hashes)))
+    _collect(problems, lambda: facts.update({"manifest": _manifest_fact(location.directory, hashes)}))
+    return Inspection(facts, list(dict.fromkeys(problems)))
+
+
+def _collect(problems: list[str], look: Callable[[], None]) -> None:
+    try:
+        look()
+    except ValueError as error:
+        problems.append(str(error))
+
+
+def _model_facts(location: Location) -> dict[str, Any]:
+    if location.format == HUGGING_FACE:
+        directory = HuggingFaceDirectory(location.directory)
+        facts: dict[str, Any] = {"model_type": directory.config["model_type"], "tensors": len(directory.tensors)}
+        return facts | {"model": dataclasses.asdict(directory.llama), "dmc": _dmc(directory.dmc)}
+    facts = {"iteration": location.iteration}
+    if location.format == LEGACY:
+        legacy = LegacyCheckpoint(location.directory)
+        sizes = (legacy.tensor_size, legacy.pipeline_size, legacy.virtual_size)
+        facts["layout"] = "TP {} x PP {} x VPP {}".format(*sizes)
+    source = MegatronSource(location)
+    args = source.settings.args
+    if location.format != LEGACY:
+        written = [args.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline")]
+        facts["layout"] = "any (written at TP {} x PP {})".format(*written)
+    facts["iteration"] = source.settings.iteration
+    facts["vocabulary"] = f"{source.llama.vocab_size}, padded to {source.shape.padded_vocab_size}"
+    if not source.states_vocab_size:
+        facts["vocabulary"] = f"not stated; the embedding has {source.shape.padded_vocab_size} rows"
+    return facts | {"model": dataclasses.asdict(source.llama), "dmc": _dmc(source.dmc)}
+
+
+def _dmc(settings: Any) -> dict[str, Any] | None:
+    return None if settings is None else settings.to_dict()
+
+
+def _manifest_fact(directory: Path, hashes: bool) -> str:
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return "none: files cannot be checked for damage"
+    return f"{len(manifest['files'])} files, {'SHA-256' if hashes else 'sizes'} compared"
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={entry}" for name, entry in value.items() if entry is not None)
+    return f"{value} bytes ({human_bytes(value)})" if isinstance(value, int) and value > 1 << 20 else str(value)

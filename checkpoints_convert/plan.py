@@ -1,0 +1,48 @@
+"""``--dry-run``: what a conversion would write and take."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from checkpoints_convert.hf_writer import plan_shards
+from checkpoints_convert.layouts import MegatronShape
+from checkpoints_convert.param_map import entries
+from checkpoints_convert.progress import human_bytes
+from checkpoints_convert.sizes import (
+    conversion_bytes,
+    forward_bytes,
+    itemsize,
+    largest_layer_bytes,
+    megatron_bytes,
+    weight_bytes,
+)
+
+
+def plan_lines(shape: MegatronShape, destination: Path, *, to_hugging_face: bool) -> list[str]:
+    """Tensors with shapes and bytes, peak memory and free disk needed, for people."""
+    llama = shape.llama
+    rows = []
+    for entry in entries(llama):
+        if entry.layer not in (None, 0):
+            continue
+        times = 1 if entry.layer is None else llama.num_layers
+        names = [name for name, _ in entry.mapping.hugging_face]
+        shapes = list(entry.hf_shapes(llama)) if to_hugging_face else [entry.megatron_shape(shape)]
+        size = sum(math.prod(one) for one in shapes) * itemsize(llama)
+        left, right = entry.mapping.megatron, " + ".join(names)
+        arrow = f"{left} -> {right}" if to_hugging_face else f"{right} -> {left}"
+        told = " + ".join("x".join(map(str, one)) for one in shapes)
+        rows.append(f"{times:>4} x {told:<24} {human_bytes(size * times):>8}  {arrow}")
+    total = weight_bytes(llama) if to_hugging_face else megatron_bytes(shape)
+    existing = next(folder for folder in Path(destination).absolute().parents if folder.is_dir())
+    forward = forward_bytes(llama)
+    rows += [
+        f"writes {human_bytes(total)} of {llama.dtype} tensors"
+        + (f" in {len(plan_shards(llama))} safetensors files" if to_hugging_face else ""),
+        f"free disk needed: {human_bytes(total)}; free at {existing}: {human_bytes(shutil.disk_usage(existing).free)}",
+        f"largest layer: {human_bytes(largest_layer_bytes(llama))}; peak memory of the conversion: about "
+        f"{human_bytes(conversion_bytes(shape))}, of the comparison: about {human_bytes(forward.whole)}",
+    ]
+    return rows
