@@ -94,7 +94,8 @@ class _Step:
         config = dmc_model_config(args, start=Start(llama=None, resumes=True))
         torch.manual_seed(1)
         self.model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
-        self.model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.tokens = torch.randint(
             0, args.vocab_size, (1, args.seq_length), device=next(self.model.parameters()).device
