@@ -137,6 +137,7 @@ class PrefillAttention:
             self._store_tokens(layer, k_SBGD, v_SBGD)
         return self.whole(layer, q_SBND, k_SBGD, v_SBGD)
 
+    @torch.no_grad()
     def _store_segments(self, layer: int, q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor) -> None:
         settings, segments = self.whole.model.settings, self.cache.segments
         assert settings is not None
@@ -153,6 +154,7 @@ class PrefillAttention:
         state = open_segment_state(k_SBGD, v_SBGD, alpha_SBG, omega_SBG, self.length_B, settings.window_size)
         segments[layer, self.rows_B] = state
 
+    @torch.no_grad()
     def _store_tokens(self, layer: int, k_SBGD: Tensor, v_SBGD: Tensor) -> None:
         rotation = faded_rotation(*self.whole.cos_sin_S, self.whole.model.neuron_scale)
         k_SBGD = rotate(k_SBGD, rotation, k_SBGD.dtype)
@@ -161,7 +163,7 @@ class PrefillAttention:
 
 
 class DecodeAttention:
-    """The next token of each sequence: one update of every head cache, then attention over it.
+    """The next token of each sequence: one update of every head cache, then attention over it. No gradients.
 
     Args:
         model: settings of the model.
@@ -181,6 +183,7 @@ class DecodeAttention:
         self.first_SB = (self.position_B == 0).unsqueeze(0)
         self.rotation = model.rotation(self.position_B)
 
+    @torch.no_grad()
     def __call__(self, layer: int, q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor) -> Tensor:
         cache, rows_B = self.cache, self.rows_B
         if self.model.compresses:

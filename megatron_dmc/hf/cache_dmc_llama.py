@@ -1,0 +1,114 @@
+"""The compressed cache as transformers passes it around: it counts tokens outside, entries per head inside."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
+from megatron_dmc.inference.cache_usage import CacheUsage
+from megatron_dmc.inference.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
+
+
+class DMCCache(Cache):
+    """Compressed cache of one batch. Give it as ``past_key_values`` to go on where a text ended.
+
+    Merged tokens cannot be taken apart again, so nothing that takes back tokens works: crop, beam search, assisted
+    decoding. Each raises ``ValueError``.
+
+    Args:
+        config: of the model.
+        block_size: entries per block.
+    """
+
+    def __init__(self, config: DMCLlamaConfig, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
+        super().__init__(layers=[_LayerView(self) for _ in range(config.num_hidden_layers)])
+        self.llama, self.settings, self.block_size = config.shape(), config.settings(), block_size
+        self.num_columns = 0
+        """Columns of ``input_ids`` that were read, padding included."""
+        self.paged: PagedKVCache | None = None
+        self.rows_B: Tensor | None = None
+
+    def prepare(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[PagedKVCache, Tensor]:
+        """The memory and the rows of the batch, made on the first call.
+
+        Raises:
+            ValueError: the cache holds a batch of another size.
+        """
+        if self.paged is None or self.rows_B is None:
+            shape = CacheShape(
+                num_layers=self.llama.num_layers,
+                num_kv_heads=self.llama.num_kv_heads,
+                head_dim=self.llama.head_dim,
+                dtype=dtype,
+                window_size=self.settings.window_size if self.settings.compresses else None,
+                block_size=self.block_size,
+            )
+            self.paged = PagedKVCache(shape, batch, device=device)
+            self.rows_B = self.paged.add_sequences(batch)
+        if len(self.rows_B) != batch:
+            raise ValueError(f"the cache holds {len(self.rows_B)} sequences, {batch} were given: use a new cache")
+        return self.paged, self.rows_B
+
+    def usage(self) -> CacheUsage:
+        """What the cache holds: entries and bytes, beside those of an uncompressed cache."""
+        if self.paged is None or self.rows_B is None:
+            raise ValueError("the cache is empty: nothing was read yet")
+        return CacheUsage.of(self.paged, self.rows_B)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns read so far, which set positions; not the number of entries (see :meth:`usage`)."""
+        return self.num_columns
+
+    def reset(self) -> None:
+        """Give all memory back."""
+        self.paged = self.rows_B = None
+        self.num_columns = 0
+
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("crop (assisted decoding)")
+
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("reorder_cache (beam search)")
+
+    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("batch_repeat_interleave")
+
+    def batch_select_indices(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("batch_select_indices")
+
+    def activate_past_recording(self) -> NoReturn:
+        _refuse("activate_past_recording (assisted decoding)")
+
+
+class _LayerView(CacheLayerMixin):
+    """What transformers may ask of one layer; the memory of all layers is in the cache."""
+
+    def __init__(self, cache: DMCCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: see :meth:`DMCCache.prepare`."""
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("a DMCCache is written by DMCLlamaForCausalLM only: give another model its own cache")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.num_columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._cache.num_columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(
+        f"{what} does not work with a compressed cache: merged tokens cannot be taken apart; use greedy search or "
+        "sampling, and a new cache for each text"
+    )

@@ -1,0 +1,55 @@
+"""Configuration of an exported model: Llama's, and the settings of DMC under ``dmc``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig as HuggingFaceLlamaConfig
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.llama import DMC_MODEL_TYPE, LlamaConfig, parse_hf_config, to_hf_config
+
+
+class DMCLlamaConfig(HuggingFaceLlamaConfig):
+    """Llama with a compressed cache.
+
+    Args:
+        dmc: what :meth:`DMCConfig.to_dict` wrote; None takes the defaults.
+        **llama: settings of transformers' Llama.
+
+    Raises:
+        ValueError: settings of another schema version, unknown, or out of range.
+    """
+
+    model_type = DMC_MODEL_TYPE
+
+    def __init__(self, dmc: dict[str, Any] | None = None, **llama: Any) -> None:
+        self.dmc = (DMCConfig() if dmc is None else DMCConfig.from_dict(dmc)).to_dict()
+        super().__init__(**llama)
+
+    def settings(self) -> DMCConfig:
+        """The settings of DMC."""
+        return DMCConfig.from_dict(self.dmc)
+
+    def shape(self) -> LlamaConfig:
+        """The shape of the model, as the rest of the package knows it.
+
+        Raises:
+            ValueError: a setting that changes what Llama computes and is not supported.
+        """
+        given = self.to_dict()
+        known = to_hf_config(_ANY_SHAPE, DMCConfig()).keys() - {"rope_theta", "rope_scaling", "torch_dtype"}
+        llama, _ = parse_hf_config({name: given[name] for name in {*known, "rope_parameters"} if name in given})
+        return llama
+
+
+_ANY_SHAPE = LlamaConfig(
+    hidden_size=1,
+    num_layers=1,
+    num_attention_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    ffn_hidden_size=1,
+    vocab_size=1,
+    max_position_embeddings=1,
+)
