@@ -64,6 +64,18 @@ class DMCGPTModel(GPTModel):
             return output
         return AppendRow.apply(output, microbatch)
 
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Megatron's cross-entropy, over the real vocabulary only.
+
+        Its padding depends on tensor parallelism, and padded rows would enter the softmax with logits near 0.
+        """
+        vocab_size, width = self.config.dmc_vocab_size, logits.shape[-1]
+        if vocab_size is not None:
+            real = min(max(vocab_size - self.tp_group.rank() * width, 0), width)
+            if real < width:
+                logits[..., real:] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
     @torch.no_grad()
     def _close_statistics(self, microbatch: Microbatch) -> None:
         """Sum the counts over the ranks that share these sequences; every rank computes the same gate from them."""

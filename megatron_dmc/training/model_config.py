@@ -25,6 +25,7 @@ def dmc_model_config(args: Any, *, start: Start) -> DMCModelConfig:
     transformer = core_transformer_config_from_args(args, DMCTransformerConfig)
     transformer.dmc = dmc_config_from_args(args)
     transformer.dmc_clear_borrowed_rows = start.clears_rows
+    transformer.dmc_vocab_size = args.vocab_size
     if not start.resumes:
         args.consumed_train_samples = args.dmc_first_sample
     model_config = gpt_config_from_args(args, config=transformer, model_config_cls=DMCModelConfig)
