@@ -118,7 +118,7 @@ class DMCCoreAttention(torch.nn.Module):
         )
         if not fraction_BG.requires_grad:
             return output_LBND
-        share = settings.loss_weight * self._share()
+        share = settings.loss_weight * self._share(microbatch, batch=q_LBND.shape[1])
         return AttachStatistic.apply(output_LBND, fraction_BG.mean(dim=1), share, microbatch)
 
     def _faded(self, q_LBND: Tensor, k_LBGD: Tensor, v_LBGD: Tensor, microbatch: Microbatch) -> Tensor:
@@ -140,9 +140,14 @@ class DMCCoreAttention(torch.nn.Module):
         heads_per_decision = num_heads // count_BG.shape[1]
         microbatch.accumulated_B[self.layer_number] = count_BG.sum(dim=1) * heads_per_decision
 
-    def _share(self) -> float:
-        """Part of the whole model's decisions that this layer takes on this rank."""
-        return 1.0 / (self.config.num_layers * self.tp_group.size() * self.cp_group.size())
+    def _share(self, microbatch: Microbatch, batch: int) -> float:
+        """Part of the whole model's decisions that this layer takes on this rank.
+
+        With ``--calculate-per-token-loss`` Megatron divides the gradients of a step by its tokens; then a
+        micro-batch counts with its own.
+        """
+        share = 1.0 / (self.config.num_layers * self.tp_group.size() * self.cp_group.size())
+        return share * microbatch.sequence_length * batch if self.config.calculate_per_token_loss else share
 
     def _noise(self, microbatch: Microbatch, position_S: Tensor, num_heads: int) -> Tensor | None:
         if microbatch.sequence_B is None:
