@@ -63,9 +63,9 @@ def open_run(path: Path, configuration: Mapping[str, Any], *, overwrite: bool = 
             raise ValueError(f"{path} exists and is no run: give a new directory as --output")
         path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        if (path / RUN_FILE).is_file():
+        if any((path / STEPS_FOLDER).glob("*.json")):
             _check_same(path, configuration)
-        else:
+        else:  # a run that has finished nothing may still be changed
             write_json(path / RUN_FILE, {"configuration": configuration, "sha256": configuration_hash(configuration)})
         yield RunDirectory(path)
 

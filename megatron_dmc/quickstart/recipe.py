@@ -34,6 +34,10 @@ class Training:
     decay: str = "constant"
     warmup_steps: int = 0
 
+    def of_length(self, steps: int) -> Training:
+        """The same training over another number of steps."""
+        return dataclasses.replace(self, steps=steps, warmup_steps=min(self.warmup_steps, steps // 2))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -50,13 +54,14 @@ class Recipe:
     seq_length: int = 256
     global_batch_size: int = 16
     micro_batch_size: int = 16
+    eval_sequences: int = 512
     seed: int = 1234
 
     def __post_init__(self) -> None:
         for name in ("zero_out", "retrofit", "consolidate"):
             if self.stage(name).steps < 1:
                 raise ValueError(f"{name} of {self.stage(name).steps} steps: must be at least 1")
-        for name in ("seq_length", "global_batch_size", "micro_batch_size"):
+        for name in ("seq_length", "global_batch_size", "micro_batch_size", "eval_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.global_batch_size % self.micro_batch_size:
@@ -85,6 +90,18 @@ class Recipe:
 
 
 STAGES = ("base", "zero_out", "retrofit", "consolidate")
+SMALL = Recipe()
+
+
+def user_model_recipe() -> Recipe:
+    """For a pretrained Llama: the published learning rates ([DMC] section 4), and no base training."""
+    return Recipe(
+        base=Training(0, 0.0, 0.0),
+        zero_out=Training(50, 3e-5, 3e-5),
+        retrofit=Training(300, 3e-5, 3e-5),
+        consolidate=Training(150, 3e-5, 3e-6, "cosine"),
+        micro_batch_size=1,
+    )
 
 
 def flags(recipe: Recipe, name: str, *, control: bool = False) -> list[str]:

@@ -1,11 +1,14 @@
-"""Runs one stage as ``megatron-dmc train`` does for everyone, in a process of its own, and shows its progress."""
+"""Runs stages as ``megatron-dmc train`` does for everyone, each in a process of its own, and shows their progress."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dmc.errors import EXIT_USER_ERROR, InfrastructureError
@@ -18,44 +21,75 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_LEAVE = 10
 
 
-def run_stage(flags: Sequence[str], directory: Path, steps: int) -> None:
-    """Train to the end of the stage; where ``directory`` holds a checkpoint of it, continue from there.
+@dataclass(frozen=True)
+class StageRun:
+    """One stage to train.
 
-    Args:
+    Attributes:
         flags: of ``megatron-dmc train``, without ``--save``.
         directory: of its checkpoints, metrics and log.
-        steps: length of the stage, for the progress.
+        steps: its length.
+    """
+
+    flags: Sequence[str]
+    directory: Path
+    steps: int
+
+    @property
+    def steps_done(self) -> int:
+        """Steps logged so far."""
+        metrics = self.directory / METRICS_FILE
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+
+def run_stages(stages: Sequence[StageRun]) -> None:
+    """Train stages side by side to their ends; one that has a checkpoint continues from there.
 
     Raises:
-        ValueError: the training refused its flags or input.
-        InfrastructureError: it ended in another way than finishing.
+        ValueError: a training refused its flags or input.
+        InfrastructureError: one ended in another way than finishing.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    metrics = directory / METRICS_FILE
-    done = _lines(metrics)
-    command = [sys.executable, "-m", "megatron_dmc", "train", *flags, "--save", str(directory)]
+    name = " and ".join(stage.directory.name for stage in stages)
+    done = sum(stage.steps_done for stage in stages)
+    total = sum(stage.steps for stage in stages)
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(_started(stage, len(stages))) for stage in stages]
+        advance = stack.enter_context(progress(f"training {name}", total, "steps", done=done))
+        while any(process.poll() is None for process in processes):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            now = sum(stage.steps_done for stage in stages)
+            advance(max(0, now - done))
+            done = max(done, now)
+            if any(process.returncode for process in processes):
+                break  # the others are ended with the block
+        codes = [process.returncode for process in processes]
+    for stage, code in zip(stages, codes, strict=True):
+        if code:
+            _fail(code, stage.directory / LOG_FILE)
+
+
+@contextlib.contextmanager
+def _started(stage: StageRun, neighbours: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that trains ``stage`` with its share of the cores, and does not outlive the block."""
+    stage.directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "megatron_dmc", "train", *stage.flags, "--save", str(stage.directory)]
+    threads = max(1, len(os.sched_getaffinity(0)) // neighbours)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with (
-        open(directory / LOG_FILE, "a", encoding="utf-8") as log,
-        progress(f"training {directory.name}", steps, "steps", done=done) as advance,
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT) as process,
+        open(stage.directory / LOG_FILE, "a", encoding="utf-8") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        ) as process,
     ):
         try:
-            while process.poll() is None:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-                advance(max(0, (now := _lines(metrics)) - done))
-                done = max(done, now)
-        except BaseException:
+            yield process
+        finally:
             _end(process)
-            raise
-    if process.returncode:
-        _fail(process.returncode, directory / LOG_FILE)
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
     process.terminate()
     try:
         process.wait(SECONDS_TO_LEAVE)

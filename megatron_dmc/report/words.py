@@ -49,11 +49,15 @@ def cache_title(tokens: int, entries: float) -> str:
     return f"After {tokens} tokens the cache holds {entries:.0f} entries instead of {tokens}: {fewer}"
 
 
-def result_table(facts: RunFacts) -> list[str]:
-    """Markdown: perplexity and cache of each model that was measured."""
-    rows = []
+RESULT_HEADS = ("model", "path", "perplexity ± standard error", "compression ratio", "cache bytes")
+PATHS = {"teacher_forced": "whole sequences", "decode": "token by token, through the cache"}
+
+
+def result_rows(facts: RunFacts) -> list[tuple[str, ...]]:
+    """Perplexity and cache of each model that was measured, by each path."""
+    rows: list[tuple[str, ...]] = []
     for name, evaluation in facts.evaluations.items():
-        for path in ("teacher_forced", "decode"):
+        for path, meaning in PATHS.items():
             result = evaluation[path]
             if result is None:
                 continue
@@ -63,13 +67,13 @@ def result_table(facts: RunFacts) -> list[str]:
             rows.append(
                 (
                     MODEL_NAMES[name],
-                    {"teacher_forced": "whole sequences", "decode": "token by token, through the cache"}[path],
+                    meaning,
                     f"{result['perplexity']:.3f} ± {deviation:.3f}",
                     f"{result['compression_ratio']:.2f}",
                     held,
                 )
             )
-    return table(("model", "path", "perplexity ± standard error", "compression ratio", "cache bytes"), rows)
+    return rows
 
 
 def stage_table(facts: RunFacts) -> list[str]:

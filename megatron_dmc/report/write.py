@@ -71,12 +71,14 @@ def _section(facts: RunFacts, pictures: Sequence[str]) -> list[str]:
     checks = [(finding.name, MARKS[finding.status], finding.detail) for finding in facts.quality]
     lines += [*words.table(("what must hold", "", "found"), checks), ""]
     if facts.evaluations:
-        lines += ["## Held-out text", "", *words.result_table(facts), ""]
+        lines += ["## Held-out text", "", *words.table(words.RESULT_HEADS, words.result_rows(facts)), ""]
     lines += [line for name in pictures for line in (f"![{name}]({name})", "")]
     if facts.stages:
         lines += ["## Stages", "", "Means over the last steps of each stage.", "", *words.stage_table(facts), ""]
     if facts.generation:
-        lines += ["## Generated text", "", "```text", facts.generation["text"], "```", ""]
+        lines += ["## Generated text", ""]
+        for result in facts.generation["results"]:
+            lines += ["```text", result["prompt"] + result["text"], "```", ""]
     return [*lines, "## Origin", "", *words.table(("what", "value"), _origin(facts)), ""]
 
 
