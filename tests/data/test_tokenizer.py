@@ -1,0 +1,112 @@
+"""Tokenizers: the round trip is exact, and both formats give the same ids."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dmc.data.corpus import python_source
+from megatron_dmc.data.sentencepiece_training import SMALLEST_VOCABULARY, train_tokenizer
+from megatron_dmc.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+
+# Special tokens are text of their own to sentencepiece only; U+2581 is its sign for a space.
+SPECIAL = ("<unk>", "<s>", "</s>")
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=60)
+LAYOUTS = ["", " ", "\n", "\t\t x", "  two  spaces ", "a\r\nb\r", "if x:\n        pass\n", "\0", "東京 🙂", "e\u0301\u2028"]
+
+
+@pytest.fixture(scope="module")
+def both(tokenizer_directory):
+    return SentencePieceTokenizer(tokenizer_directory / "tokenizer.model"), HuggingFaceTokenizer(
+        tokenizer_directory / "tokenizer.json"
+    )
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_round_trip_keeps_white_space_and_unknown_characters(both, text):
+    for tokenizer in both:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXT)
+def test_round_trip_of_any_text(both, text):
+    first, second = both
+    ids = first.encode(text)
+    assert first.decode(ids) == text
+    if not any(token in text for token in SPECIAL):
+        assert second.encode(text) == ids
+        assert second.decode(ids) == text
+
+
+def test_round_trip_of_the_standard_library(both):
+    for number, text in enumerate(python_source().documents()):
+        if number % 40 == 0:
+            assert both[0].decode(both[0].encode(text)) == text
+
+
+def test_both_formats_agree_on_sizes_and_special_ids(both):
+    first, second = both
+    assert (first.vocab_size, first.eod) == (second.vocab_size, second.eod) == (360, 2)
+    assert first.sha256 != second.sha256
+
+
+def test_a_directory_with_both_opens_sentencepiece_and_names_all_files(tokenizer_directory):
+    tokenizer = load_tokenizer(tokenizer_directory)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    names = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert {path.name for path in tokenizer.files()} == names
+
+
+def test_special_tokens_leave_no_trace_in_text(both):
+    for tokenizer in both:
+        ids = tokenizer.encode("x = 1")
+        assert tokenizer.decode([1, *ids, 2]) == "x = 1"
+
+
+def test_transformers_reads_the_same_ids(both, tokenizer_directory, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer_directory)
+    text = "def f(x):\n\treturn  'é'\n"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == both[0].encode(text)
+    assert theirs.eos_token_id == both[0].eod
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        load_tokenizer(tmp_path / "missing.model")
+    with pytest.raises(ValueError, match="holds neither"):
+        load_tokenizer(tmp_path)
+
+
+def test_not_a_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="is not a sentencepiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a Hugging Face tokenizer"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_must_name_the_end_of_a_document(tokenizer_directory, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_directory / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match="eos_token"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+    assert load_tokenizer(tmp_path).eod == 2
+
+
+def test_truncation_stored_in_the_file_does_not_cut_documents(tokenizer_directory, tmp_path):
+    stored = json.loads((tokenizer_directory / "tokenizer.json").read_text())
+    stored["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert len(load_tokenizer(tmp_path).encode("def function(x): return x")) > 3
+
+
+def test_vocabularies_that_cannot_be_trained(texts, tmp_path):
+    with pytest.raises(ValueError, match="must be above"):
+        train_tokenizer(texts, SMALLEST_VOCABULARY, tmp_path)
+    with pytest.raises(ValueError, match="cannot train a vocabulary of 30000"):
+        train_tokenizer(texts, 30000, tmp_path)
