@@ -26,14 +26,6 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-def _ordered(*pairs: Any) -> dict[Any, Any]:
-    return dict(*pairs)
-
-
-def _set(values: Any = ()) -> set[Any]:
-    return set(values)
-
-
 def _layout(name: Any) -> str:
     if name != "torch.strided":
         raise ValueError(f"a tensor layout {name!r}")
@@ -116,10 +108,12 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys((*DTYPES, *STORAGE_DTYPES)),
     "torch.Size": _size,
     "torch.serialization._get_layout": _layout,
-    "collections.OrderedDict": _ordered,
+    "collections.OrderedDict": dict,
     "_codecs.encode": _encode,
-    "builtins.set": _set,
-    "__builtin__.set": _set,
+    "builtins.set": set,
+    "__builtin__.set": set,
+    "builtins.frozenset": frozenset,
+    "__builtin__.frozenset": frozenset,
     "numpy.core.multiarray._reconstruct": _empty_array,
     "numpy._core.multiarray._reconstruct": _empty_array,
 }

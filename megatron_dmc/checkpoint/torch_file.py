@@ -29,6 +29,8 @@ PICKLE_BYTES_LIMIT = 1 << 28
 
 _LOCAL_HEADER_BYTES = 30
 _LOCAL_HEADER_MAGIC = b"PK\x03\x04"
+_END_RECORD_BYTES = 22
+_END_RECORD_MAGIC = b"PK\x05\x06"
 _RECORD = re.compile(
     r"(?P<root>[^/]+)/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment"
     r"|\.data/serialization_id|data/(?P<key>[0-9]+))"
@@ -151,8 +153,7 @@ class _StorageLoader:
         if math.prod(shape) and offset + reach > storage.shape[0]:
             raise ValueError(f"a tensor of shape {shape} at {offset} exceeds its storage of {storage.shape[0]}")
         position = storage.offset + offset * storage.dtype.itemsize
-        contiguous = reach == math.prod(shape) and tuple(stride) == _contiguous_stride(shape)
-        return StoredTensor(storage.path, position, storage.dtype, tuple(shape), contiguous or not math.prod(shape))
+        return StoredTensor(storage.path, position, storage.dtype, tuple(shape), _is_contiguous(shape, stride))
 
     def parameter(self, data: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
         if not isinstance(data, StoredTensor) or hooks != {}:
@@ -160,12 +161,21 @@ class _StorageLoader:
         return data
 
 
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """As torch sees it: the stride of an axis of length 1 does not count."""
+    if not math.prod(shape):
+        return True
+    needed = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return all(size == 1 or step == wanted for size, step, wanted in zip(shape, stride, needed, strict=True))
 
 
 def _records(stream: BinaryIO, length: int, what: str) -> dict[str, tuple[int, int]]:
     """Offset and size of every record of torch's zip, by name without the root folder."""
+    stream.seek(max(length - _END_RECORD_BYTES, 0))
+    if stream.read(len(_END_RECORD_MAGIC)) != _END_RECORD_MAGIC:
+        raise ValueError(
+            f"{what} is not a file of torch.save (torch >= 1.6), or is truncated: no zip directory at its end"
+        )
     try:
         archive = zipfile.ZipFile(stream)
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)

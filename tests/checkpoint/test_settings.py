@@ -1,0 +1,121 @@
+"""Saved arguments and the model they describe, in both directions."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dmc.checkpoint import read_megatron_settings
+from megatron_dmc.checkpoint.pickles import Record
+from megatron_dmc.checkpoint.settings import (
+    dmc_arguments,
+    dmc_from_arguments,
+    llama_from_arguments,
+    megatron_arguments,
+    namespace_dict,
+)
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.llama import LlamaConfig, RopeScaling
+from tests.checkpoints_convert.models import TINY, VARIANTS
+
+LLAMAS = st.builds(
+    LlamaConfig,
+    hidden_size=st.integers(1, 512),
+    num_layers=st.integers(1, 8),
+    num_attention_heads=st.just(12),
+    num_kv_heads=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    head_dim=st.integers(1, 64).map(lambda half: 2 * half),
+    ffn_hidden_size=st.integers(1, 512),
+    vocab_size=st.integers(1, 1000),
+    max_position_embeddings=st.integers(1, 1 << 20),
+    rms_norm_eps=st.sampled_from([1e-5, 1e-6]),
+    rope_theta=st.sampled_from([10000.0, 500000.0]),
+    rope_scaling=st.sampled_from([None, RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0)]),
+    tie_word_embeddings=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+
+
+@given(LLAMAS)
+def test_a_llama_survives_megatrons_arguments(llama):
+    assert llama_from_arguments(megatron_arguments(llama), 1024, "it") == llama
+
+
+@given(st.builds(DMCConfig, window_size=st.integers(0, 64), stop_at_cr=st.none() | st.floats(1, 8)))
+def test_dmc_settings_survive(dmc):
+    assert dmc_from_arguments(dmc_arguments(dmc), "it") == dmc
+
+
+def test_a_converted_checkpoint_describes_its_model(torch_dist, legacy):
+    for directory in (torch_dist, legacy):
+        settings = read_megatron_settings(directory.parent)
+        assert (settings.llama, settings.dmc, settings.iteration) == (TINY, None, 0)
+        assert settings.args["params_dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("normalization", "LayerNorm"),
+        ("swiglu", False),
+        ("add_bias_linear", True),
+        ("qk_layernorm", True),
+        ("num_experts", 8),
+        ("position_embedding_type", "learned_absolute"),
+        ("rotary_percent", 0.5),
+        ("rotary_interleaved", True),
+        ("window_size", (128, 0)),
+        ("multi_latent_attention", True),
+        ("softmax_type", "learnable"),
+    ],
+)
+def test_another_model_is_refused_by_the_argument_that_makes_it_one(name, value):
+    arguments = megatron_arguments(TINY) | {name: value}
+    with pytest.raises(ValueError, match=name):
+        llama_from_arguments(arguments, 384, "it")
+
+
+def test_missing_and_contradicting_arguments():
+    arguments = megatron_arguments(TINY)
+    with pytest.raises(ValueError, match="hidden_size"):
+        llama_from_arguments({**arguments, "hidden_size": None}, 384, "it")
+    with pytest.raises(ValueError, match="exceeds the 200 rows"):
+        llama_from_arguments(arguments, 200, "it")
+    assert llama_from_arguments({**arguments, "vocab_size": None}, 384, "it").vocab_size == 384
+
+
+def test_the_name_of_the_epsilon_up_to_core_0_18():
+    arguments = megatron_arguments(TINY)
+    arguments["norm_epsilon"] = arguments.pop("layernorm_epsilon")
+    assert llama_from_arguments(arguments, 384, "it") == TINY
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 10000.5},
+        {"rope_scaling": RopeScaling("linear", 1.5)},
+        {"rope_scaling": RopeScaling("llama3", 8.0, high_freq_factor=8.0)},
+    ],
+)
+def test_what_megatron_cannot_express_is_refused(change):
+    with pytest.raises(ValueError, match=r"rope|rotary"):
+        megatron_arguments(dataclasses.replace(VARIANTS["gqa"], **change))
+
+
+def test_dmc_settings_of_another_schema_or_with_gaps():
+    stored = dmc_arguments(DMCConfig())
+    with pytest.raises(ValueError, match="schema_version"):
+        dmc_from_arguments({**stored, "dmc_schema_version": 99}, "it")
+    with pytest.raises(ValueError, match="window_size"):
+        dmc_from_arguments({name: value for name, value in stored.items() if name != "dmc_window_size"}, "it")
+    assert dmc_from_arguments({"dmc_cr": 8}, "it") is None
+
+
+def test_saved_arguments_must_be_a_namespace():
+    with pytest.raises(ValueError, match="no saved arguments"):
+        namespace_dict({"a": 1}, "it")
+    record = Record("argparse.Namespace")
+    record.state = {"backend": Record("megatron.core.transformer.enums.AttnBackend", (5,))}
+    assert namespace_dict(record, "it") == {"backend": 5}
