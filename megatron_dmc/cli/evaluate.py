@@ -106,11 +106,11 @@ def _lines(evaluation: Evaluation) -> list[str]:
     assert shown is not None
     lines += _cache_lines(shown)
     if evaluation.agreement is not None:
-        figures = evaluation.agreement.to_dict()
+        agreed = evaluation.agreement.to_dict()
         lines.append(
-            f"agreement: {figures['share_of_equal_decisions']:.6%} of decisions equal, largest log-probability "
-            f"difference {figures['largest_log_prob_difference']:.2e} over {figures['num_tokens_compared']} of "
-            f"{figures['num_tokens']} tokens{'' if figures['asserted'] else ' (reported only: not float32)'}"
+            f"agreement: {agreed['share_of_equal_decisions']:.6%} of decisions equal, largest log-probability "
+            f"difference {agreed['largest_log_prob_difference']:.2e} over {agreed['num_tokens_compared']} of "
+            f"{agreed['num_tokens']} tokens{'' if agreed['asserted'] else ' (reported only: not float32)'}"
         )
     return lines
 

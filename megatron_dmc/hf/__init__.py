@@ -3,17 +3,25 @@
 >>> import megatron_dmc.hf
 >>> model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY)
 
-The one package of ours whose import changes something elsewhere. Raises ``ImportError`` where transformers is missing.
+The one package of ours whose import changes something elsewhere. Raises ``ImportError`` where transformers is missing
+or too old.
 """
 
 try:
+    from packaging.version import Version
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import __version__ as found
+
+    from megatron_dmc.hf.cache_dmc_llama import DMCCache
+    from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
+    from megatron_dmc.hf.modeling_dmc_llama import DMCLlamaForCausalLM, DMCLlamaModel
 except ImportError as error:
     raise ImportError(f"megatron_dmc.hf needs transformers ({error}): pip install 'megatron_dmc[hf]'") from error
 
-from megatron_dmc.hf.cache_dmc_llama import DMCCache
-from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
-from megatron_dmc.hf.modeling_dmc_llama import DMCLlamaForCausalLM, DMCLlamaModel
+OLDEST_TRANSFORMERS = "5.17"
+"""Tested with it and with 5.23; caches of earlier releases have other methods."""
+if Version(found) < Version(OLDEST_TRANSFORMERS):
+    raise ImportError(f"transformers {found} is too old for megatron_dmc.hf: pip install 'megatron_dmc[hf]'")
 
 AutoConfig.register(DMCLlamaConfig.model_type, DMCLlamaConfig)
 AutoModelForCausalLM.register(DMCLlamaConfig, DMCLlamaForCausalLM)

@@ -238,9 +238,20 @@ def test_settings_of_another_release_are_refused():
         hf.DMCLlamaForCausalLM(hf.DMCLlamaConfig(dmc=SETTINGS.to_dict(), hidden_size=32, attention_bias=True))
 
 
-def test_without_transformers_the_message_says_what_to_install():
-    script = "import sys; sys.modules['transformers'] = None; import megatron_dmc.hf"
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [
+        ("sys.modules['transformers'] = None", "megatron_dmc.hf needs transformers"),
+        (
+            "import transformers; transformers.__version__ = '5.3.0'",
+            "transformers 5.3.0 is too old for megatron_dmc.hf",
+        ),
+    ],
+    ids=["missing", "old"],
+)
+def test_without_a_usable_transformers_the_message_says_what_to_install(sabotage, message):
+    script = f"import sys; {sabotage}; import megatron_dmc.hf"
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert finished.returncode == 1
-    assert "megatron_dmc.hf needs transformers" in finished.stderr
-    assert "pip install 'megatron_dmc[hf]'" in finished.stderr
+    assert f"ImportError: {message}" in finished.stderr
+    assert "pip install '" in finished.stderr
