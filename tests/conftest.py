@@ -19,7 +19,9 @@ VOCABULARY = 360
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Forty short documents of code, no two alike."""
-    return [f"def function_{n}(x):\n\treturn x * {n}  # a comment\n\n\nclass C{n}:\n    value = [{n}]\n" for n in range(40)]
+    return [
+        f"def function_{n}(x):\n\treturn x * {n}  # a comment\n\n\nclass C{n}:\n    value = [{n}]\n" for n in range(40)
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -48,8 +47,6 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"megatron-dmc {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     for command in COMMANDS:
-        if importlib.util.find_spec(f"megatron_dmc.cli.{command}") is None:
-            continue
         importlib.import_module(f"megatron_dmc.cli.{command}").add_parser(subparsers)
     return parser
 

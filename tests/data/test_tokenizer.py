@@ -13,7 +13,18 @@ from megatron_dmc.data.tokenizer import HuggingFaceTokenizer, SentencePieceToken
 # Special tokens are text of their own to sentencepiece only; U+2581 is its sign for a space.
 SPECIAL = ("<unk>", "<s>", "</s>")
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=60)
-LAYOUTS = ["", " ", "\n", "\t\t x", "  two  spaces ", "a\r\nb\r", "if x:\n        pass\n", "\0", "東京 🙂", "e\u0301\u2028"]
+LAYOUTS = [
+    "",
+    " ",
+    "\n",
+    "\t\t x",
+    "  two  spaces ",
+    "a\r\nb\r",
+    "if x:\n        pass\n",
+    "\0",
+    "東京 🙂",
+    "e\u0301\u2028",
+]
 
 
 @pytest.fixture(scope="module")
