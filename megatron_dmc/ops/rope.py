@@ -100,11 +100,13 @@ def rotate(x_SBHD: Tensor, rotation: Rotation, dtype: torch.dtype, inverse: bool
     """The rotation of ``x``, outside autograd, as ``dtype``. ``inverse``: its transpose, which is its backward."""
     out_SBHD = torch.empty(x_SBHD.shape, dtype=dtype, device=x_SBHD.device)
     for rows in row_slices(x_SBHD):
-        first, second = x_SBHD[rows].to(accumulation_dtype(dtype)).chunk(2, dim=-1)
-        out_first, out_second = out_SBHD[rows].chunk(2, dim=-1)
+        x = x_SBHD[rows].to(accumulation_dtype(dtype))
+        turned = out_SBHD[rows] if dtype == x.dtype else torch.empty_like(x)
+        (first, second), (turned_first, turned_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
         cos_first, cos_second, sin = (table[rows] for table in rotation)
-        if inverse:
-            sin = -sin
-        out_first.copy_(torch.mul(first, cos_first).addcmul_(second, sin, value=-1))
-        out_second.copy_(torch.mul(second, cos_second).addcmul_(first, sin))
+        sign = -1 if inverse else 1
+        torch.mul(first, cos_first, out=turned_first).addcmul_(second, sin, value=-sign)
+        torch.mul(second, cos_second, out=turned_second).addcmul_(first, sin, value=sign)
+        if dtype != x.dtype:
+            out_SBHD[rows] = turned
     return out_SBHD

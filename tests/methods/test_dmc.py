@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -163,7 +165,7 @@ def test_documents_are_computed_as_if_alone() -> None:
     case.documents = [borders[:-1], borders[:-1]]
     together = case.fast(*case.inputs)
     cos, sin = Case.angles(case.inputs[1])
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in itertools.pairwise(borders):
         alone, _ = dmc.compressed_attention(
             *(x[start:end] for x in case.inputs), case.config,
             cos_sin_S=(cos[start:end], sin[start:end]), noise_SBG=case.noise[start:end],
@@ -252,10 +254,8 @@ def test_faded_attention_ends_where_compression_begins(neuron_scale: float) -> N
         first, second = x.chunk(2, -1)
         return (x * cos + torch.cat((-second, first), -1) * sin) * scale
 
-    heads_first = [
-        x.repeat_interleave(q.shape[2] // x.shape[2], 2).permute(1, 2, 0, 3) for x in (turned(q), turned(k), v)
-    ]
-    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True).permute(2, 0, 1, 3)
+    heads_first = [x.permute(1, 2, 0, 3) for x in (turned(q), turned(k), v)]
+    expected = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     if neuron_scale == 0:
         logits = torch.full(k.shape[:-1], -1.0, dtype=q.dtype)

@@ -32,10 +32,11 @@ class HeadCache:
             self.segment.clear()
         self.segment.append((omega, k_D, v_D))
         recent = self.segment[-self.window_size :] if self.window_size else self.segment
-        z = sum(omega for omega, _, _ in recent)
-        key = sum(omega * k for omega, k, _ in recent) / z
-        self.keys.append(without_last_channel(apply_rope(without_last_channel(key), cos, sin)))
-        self.values.append(sum(omega * v for omega, _, v in recent) / z)
+        omega, k, v = (torch.stack(part) for part in zip(*recent, strict=True))
+        share = (omega / omega.sum())[:, None]
+        key = without_last_channel((share * k).sum(0))
+        self.keys.append(without_last_channel(apply_rope(key, cos, sin)))
+        self.values.append((share * v).sum(0))
 
     def attend(self, q_RD: Tensor) -> Tensor:
         """Attention of rotated queries over all entries, [R, D]."""

@@ -123,8 +123,7 @@ class _CompressedAttention(torch.autograd.Function):
         q, k, v, alpha, omega, bias, out, lse = ctx.saved_tensors
         cos_sin, window_size, plan = ctx.settings
         far, means = _operands(q, k, v, Weights(alpha, omega, bias), ctx.settings)
-        grads = tuple(torch.zeros_like(x) for x in far)
-        attend_backward(plan, _near(far), far, (out, lse), grad_out.permute(1, 2, 0, 3), _near(grads), grads)
+        _, grads = attend_backward(plan, _near(far), far, (out, lse), grad_out.permute(1, 2, 0, 3))
         del far
         grad_bias = unfold_gradient(grads[0], grads[1], plan.scale)
         grad_q, grad_k, grad_v = (x.permute(2, 0, 1, 3) for x in grads)

@@ -49,12 +49,14 @@ def _scan_blocks(decay: Tensor, gain: Tensor | None, x: Tensor, y: Tensor, state
     reach = decay.flip(1).cumprod(1).flip(1) if reverse else decay.cumprod(1)
     decay, reach = decay[..., None], reach[..., None]
     for now in steps:
-        if gain is None:
-            y[:, now].copy_(x[:, now])
+        before = now + 1 if reverse else now - 1
+        y_now, gained = y[:, now], x[:, now]
+        if gain is not None:
+            gained = torch.mul(gained, gain[:, now, ..., None], out=y_now)
+        if now == first:
+            y_now.copy_(gained)
         else:
-            torch.mul(x[:, now], gain[:, now, ..., None], out=y[:, now])
-        if now != first:
-            y[:, now].addcmul_(decay[:, now], y[:, now + 1 if reverse else now - 1])
+            torch.addcmul(gained.to(y.dtype), decay[:, now], y[:, before], out=y_now)
     entering = torch.empty_like(y[:, 0])
     for b in range(num_blocks)[::-1] if reverse else range(num_blocks):
         entering[b] = state

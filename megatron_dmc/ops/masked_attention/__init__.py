@@ -106,16 +106,14 @@ class _MaskedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
         near = _heads_first(q, k, v)
-        near_grads = _zeros_like(near)
         far = _padded(near, bias, ctx.plan.scale)
-        far_grads = None if far is None else _zeros_like(far)
-        attend_backward(ctx.plan, near, far, (out, lse), grad_out.permute(1, 2, 0, 3), near_grads, far_grads)
-        grad_bias = None
-        if far_grads is not None:
+        near_grads, far_grads = attend_backward(ctx.plan, near, far, (out, lse), grad_out.permute(1, 2, 0, 3))
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        if far_grads:
             grad_bias = unfold_gradient(far_grads[0], far_grads[1], ctx.plan.scale).to(bias.dtype)
-            for total, part in zip(near_grads, far_grads, strict=True):
-                total += part[..., : total.shape[-1]]
-        return *(g.permute(2, 0, 1, 3) for g in near_grads), grad_bias, None
+            far_grads = [x[..., : q.shape[-1]] for x in far_grads]
+        grads = [sum(parts) for parts in zip(*(g for g in (near_grads, far_grads) if g), strict=True)]
+        return *(g.permute(2, 0, 1, 3) for g in grads), grad_bias, None
 
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> Operands:
@@ -128,11 +126,6 @@ def _padded(near: Operands, bias: Tensor | None, scale: float) -> Operands | Non
         return None
     q, k, v = (F.pad(x, (0, SPARE_CHANNELS)) for x in near)
     fold(q, k, bias, scale)
-    return q, k, v
-
-
-def _zeros_like(operands: Operands) -> Operands:
-    q, k, v = (torch.zeros_like(x) for x in operands)
     return q, k, v
 
 

@@ -67,35 +67,64 @@ def attend_backward(
     far: Operands | None,
     results: tuple[Tensor, Tensor],
     grad_out: Tensor,
-    near_grads: Operands,
-    far_grads: Operands | None = None,
-) -> None:
-    """Add the gradients of the operands to ``near_grads`` and ``far_grads``, which may share memory.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of the near and of the far operands; those of the own positions are among the far ones.
 
-    ``results``: merged output and log-sum-exp; ``grad_out`` [B, N, T, D].
+    ``results``: merged output and log-sum-exp; ``grad_out`` [B, N, T, D]. Where no piece is near (far), the list is
+    empty.
     """
-    out, lse = results
+    near_grads: list[Tensor] = []
+    far_grads: list[Tensor] = []
     for piece in plan.pieces:
-        operands, totals = (far, far_grads) if piece.biased else (near, near_grads)
-        q, k, v = (_oriented(piece, x) for x in _select(piece, operands))
-        seen = (piece.rows, slice(None), piece.queries)
-        # Far operands may have more channels than the output: zeros, from which no gradient comes.
-        padding = (0, v.shape[-1] - out.shape[-1])
-        grad_seen, out_seen = (_oriented(piece, F.pad(x[seen], padding)) for x in (grad_out, out))
-        found = kernel_for(q).backward(
-            grad_seen, q, k, v, out_seen, _oriented(piece, lse[seen]), piece.shape is not Shape.FULL, plan.scale
-        )
-        for total, part in zip(_select(piece, totals), found, strict=True):
-            total += _oriented(piece, part)
+        if piece.biased:
+            _add_piece(plan, piece, far, results, grad_out, far_grads)
+        else:
+            _add_piece(plan, piece, near, results, grad_out, near_grads)
+    if plan.own_position:
+        assert far is not None
+        far_grads = far_grads or [torch.zeros_like(x) for x in far]
     for queries, keys in _own_positions(plan, near[0]):
-        _own_backward(plan, near, results, grad_out, near_grads, queries, keys)
+        _own_backward(plan, near, results, grad_out, far_grads, queries, keys)
+    return near_grads, far_grads
+
+
+def _add_piece(
+    plan: Plan,
+    piece: Piece,
+    operands: Operands | None,
+    results: tuple[Tensor, Tensor],
+    grad_out: Tensor,
+    totals: list[Tensor],
+) -> None:
+    """Add the gradients that come through one piece to ``totals``, which are made when they are empty."""
+    q, k, v = (_oriented(piece, x) for x in _select(piece, operands))
+    seen = (piece.rows, slice(None), piece.queries)
+    # Far operands may have more channels than the output: zeros, from which no gradient comes.
+    grad, out = (_oriented(piece, _widened(x[seen], v.shape[-1])) for x in (grad_out, results[0]))
+    lse = _oriented(piece, results[1][seen])
+    found = list(kernel_for(q).backward(grad, q, k, v, out, lse, piece.shape is not Shape.FULL, plan.scale))
+    first = not totals
+    for index, operand in enumerate(operands):
+        if first:
+            totals.append(torch.zeros_like(operand))
+        # Each part is let go once it is added: at one time there is little more than one set of gradients.
+        total = _part(piece, index, totals[index])
+        torch.add(total, _oriented(piece, found.pop(0)), out=total)
 
 
 def _select(piece: Piece, operands: Operands | None) -> Operands:
     assert operands is not None, "a plan with biased pieces needs far operands"
-    q, k, v = operands
-    keys = (piece.rows, slice(None), piece.keys)
-    return q[piece.rows, :, piece.queries], k[keys], v[keys]
+    q, k, v = (_part(piece, index, x) for index, x in enumerate(operands))
+    return q, k, v
+
+
+def _part(piece: Piece, index: int, operand: Tensor) -> Tensor:
+    """What a piece sees of q (index 0), k or v."""
+    return operand[piece.rows, :, piece.keys if index else piece.queries]
+
+
+def _widened(x: Tensor, channels: int) -> Tensor:
+    return x if x.shape[-1] == channels else F.pad(x, (0, channels - x.shape[-1]))
 
 
 def _oriented(piece: Piece, x: Tensor) -> Tensor:
@@ -143,15 +172,16 @@ def _own_backward(
     near: Operands,
     results: tuple[Tensor, Tensor],
     grad_out: Tensor,
-    grads: Operands,
+    grads: list[Tensor],
     queries: slice,
     keys: slice,
 ) -> None:
+    """Add the gradients that come through own positions to ``grads``, which may have more channels."""
     q, k, v = _own_operands(near, queries, keys)
     out, lse, grad = (_grouped(x[:, :, queries], near[1]).to(q.dtype) for x in (*results, grad_out))
     weight = torch.exp((q * k).sum(-1).mul_(plan.scale).sub_(lse)).unsqueeze_(-1)
     grad_score = weight * ((v - out) * grad).sum(-1, keepdim=True) * plan.scale
-    grad_q, grad_k, grad_v = grads
+    grad_q, grad_k, grad_v = (x[..., : y.shape[-1]] for x, y in zip(grads, near, strict=True))
     _grouped(grad_q[:, :, queries], near[1]).add_(grad_score * k)
     grad_k[:, :, keys] += (grad_score * q).sum(2)
     grad_v[:, :, keys] += (weight * grad).sum(2)

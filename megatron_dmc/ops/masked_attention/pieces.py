@@ -68,7 +68,7 @@ def cut(
         free_window: keys at most that many positions back are free; the query's own position always is. With 0 the
             own position is left out: the caller adds it. None: all keys are free.
     """
-    pieces = []
+    pieces: list[Piece] = []
     for rows, starts in _equal_rows(documents):
         for chunk, first in enumerate(query_starts):
             for start, end in itertools.pairwise([*starts, length]):
