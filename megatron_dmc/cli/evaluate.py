@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
             advance=advance,
         )
     if args.json:
-        print(json.dumps({"model": str(args.model), **evaluation.to_dict()}, indent=2))
+        settings = model.settings.to_dict() if model.settings else None
+        print(json.dumps({"model": str(args.model), "dmc": settings, **evaluation.to_dict()}, indent=2))
     else:
         print("\n".join(_lines(evaluation)))
     if evaluation.agreement is not None:

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dmc.llama import DTYPES
+
 if TYPE_CHECKING:
     from megatron_dmc.data.tokenizer import Tokenizer
     from megatron_dmc.inference.model import LlamaModel
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -21,8 +21,7 @@ from megatron_dmc.inference.attention import (
 )
 from megatron_dmc.inference.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
 from megatron_dmc.inference.weights import ModelSource
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from megatron_dmc.llama import DTYPES
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class LlamaModel:
         dtype = dtype or self.llama.dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
-        self.dtype = DTYPES[dtype]
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
         self.attention_settings = AttentionSettings(self.llama, self.settings, self.device)
         self._load(source)

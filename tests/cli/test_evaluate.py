@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dmc.cli import evaluate as evaluate_command
 from megatron_dmc.cli import main
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data.indexed import IndexedWriter
@@ -34,9 +35,14 @@ def test_both_paths_on_an_indexed_data_set(model, data, capsys):
     assert main(["evaluate", "--model", str(model), "--data", str(data), *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["num_tokens"] == 300
+    assert result["dmc"]["decision_bias"] == -1.0
     assert result["agreement"]["failures"] == []
     assert result["decode"]["cache"]["compression_ratio"] > 1.2
     assert result["teacher_forced"]["perplexity"] == pytest.approx(result["decode"]["perplexity"], rel=1e-4)
+
+
+def test_the_parser_offers_every_path():
+    assert evaluate_command.PATHS == perplexity.PATHS
 
 
 def test_a_text_file_for_people(model, tmp_path, capsys):
