@@ -1,7 +1,7 @@
 """The gated scan y_t = decay_t y_{t-1} + gain_t x_t, and its backward, as a two-level blocked scan.
 
 Level one runs all blocks side by side, level two carries the state from block to block: linear time and memory,
-about twice BLOCK vector operations instead of one per position. Sums are float32 (float64 for float64 inputs).
+about twice sqrt(S) vector operations instead of S. Sums are float32 (float64 for float64 inputs).
 
 Shapes: S sequence, B batch, G KV heads, D channels.
 """
@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.precision import accumulation_dtype
-
-BLOCK = 64
-"""Positions per block. Level one takes BLOCK steps and level two S / BLOCK: equal at S = 4096."""
 
 DOT_ROWS = 512
 """Positions per slice of a dot product over channels, so that the product needs little memory."""
@@ -31,14 +28,20 @@ def gated_scan(decay_SBG: Tensor, gain_SBG: Tensor | None, x_SBGD: Tensor, rever
     """
     y_SBGD = torch.empty(x_SBGD.shape, dtype=accumulation_dtype(x_SBGD.dtype), device=x_SBGD.device)
     length = x_SBGD.shape[0]
-    whole = length - length % BLOCK
+    block = block_size(length)
+    whole = length - length % block
     state = torch.zeros_like(y_SBGD[0])
-    parts = [(slice(0, whole), BLOCK), (slice(whole, length), length - whole)]
+    parts = [(slice(0, whole), block), (slice(whole, length), length - whole)]
     for part, block in reversed(parts) if reverse else parts:
         if block and part.stop > part.start:
             views = [None if t is None else t[part].unflatten(0, (-1, block)) for t in (decay_SBG, gain_SBG, x_SBGD)]
             state = _scan_blocks(*views, y_SBGD[part].unflatten(0, (-1, block)), state, reverse)
     return y_SBGD
+
+
+def block_size(length: int) -> int:
+    """Positions per block: the power of two next to sqrt(S), since both levels then take as many steps."""
+    return 1 << (length.bit_length() // 2)
 
 
 def _scan_blocks(decay: Tensor, gain: Tensor | None, x: Tensor, y: Tensor, state: Tensor, reverse: bool) -> Tensor:
