@@ -52,6 +52,11 @@ REQUIREMENTS = (
         lambda config: f"cuda_graph_impl={config.cuda_graph_impl!r}",
         "statistics change with every micro-batch; train with --cuda-graph-impl none",
     ),
+    _off("experimental_attention_variant", "only softmax attention compresses; remove the flag"),
+    _off("heterogeneous_block_specs", "all layers are alike; remove --heterogeneous-layers-config-path"),
+    _off("is_hybrid_model", "all layers are attention layers; remove --hybrid-layer-pattern"),
+    _off("use_kitchen", "the linears of a compressed model run in bf16 or fp32; remove the Kitchen flags"),
+    _off("restore_modelopt_state", "quantised models are not supported; remove --restore-modelopt-state"),
     _off("fused_single_qkv_rope", "decisions are read before RoPE; remove --fused-single-qkv-rope"),
     _off("attention_output_gate", "not part of Llama; remove --attention-output-gate"),
     Requirement(
@@ -59,6 +64,11 @@ REQUIREMENTS = (
         lambda config: f"softmax_type={config.softmax_type!r}",
         "attention sinks are not supported; use --softmax-type vanilla",
     ),
+    _off("softmax_scale", "the scale is 1 / sqrt(head dimension); leave softmax_scale unset"),
+    _off("use_mup", "it rescales attention; remove --use-mup"),
+    _off("qk_clip", "attention logits are never materialized; remove --qk-clip"),
+    _off("log_max_attention_logit", "attention logits are never materialized; remove --log-max-attention-logit"),
+    _off("no_rope_freq", "every layer rotates its keys; remove --no-rope-freq"),
     Requirement(
         lambda config: config.position_embedding_type == "rope",
         lambda config: f"position_embedding_type={config.position_embedding_type!r}",

@@ -58,6 +58,41 @@ EXTENSION_FREE_FLAGS: dict[str, str | None] = {
 }
 """Megatron flags for a GPU without Transformer Engine and apex."""
 
+_OWN_SPECIFICATION = "leave it out: attention, and the specification of layers, are ours"
+_OWN_DOCUMENTS = "separate documents by --dataloader-inter-document-masking"
+_OWN_SHARDING = "shard the optimizer with --use-distributed-optimizer"
+
+REFUSED_FLAGS: dict[str, str] = {
+    "--attention-backend local": "it would replace compressing attention in silence; leave --attention-backend out",
+    "--spec": _OWN_SPECIFICATION,
+    "--multi-latent-attention": "only multi-head and grouped-query attention compress",
+    "--qk-clip": "attention logits are never materialized",
+    "--log-max-attention-logit": "attention logits are never materialized",
+    "--hybrid-context-parallel": "use --context-parallel-size alone",
+    "--use-megatron-fsdp": _OWN_SHARDING,
+    "--use-torch-fsdp2": _OWN_SHARDING,
+    "--freeze-all-layers": "freezing and LoRA do not exist here, all weights train",
+    "--sft": "train on an indexed data set",
+    "--reset-attention-mask": _OWN_DOCUMENTS,
+    "--reset-position-ids": _OWN_DOCUMENTS,
+}
+"""Megatron flags that a compressing model cannot serve, and what to do instead. ``model.requirements`` refuses what
+can be seen in the model's configuration; these never reach it, or Megatron answers first and speaks of other things."""
+
+REFUSED_FLAGS_OFF: dict[str, str] = {
+    "--dataloader-inter-document-masking": "packed sequences need Transformer Engine's attention, which this release "
+    "does not drive; train the control without it",
+}
+"""The same for ``--dmc-stage off``."""
+
+
+def refuse_flags(argv: list[str], stage: str) -> None:
+    """Raise ``ValueError`` for a flag that the model of a stage cannot serve."""
+    given = f" {' '.join(argv)} ".replace("=", " ")
+    for flag, remedy in (REFUSED_FLAGS_OFF if stage == "off" else REFUSED_FLAGS).items():
+        if f" {flag} " in given:
+            raise ValueError(f"{flag}: not supported with --dmc-stage {stage}; {remedy}")
+
 
 def add_dmc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every field of :class:`DMCConfig` as ``--dmc-<field>``, and the flags of a run.

@@ -19,9 +19,8 @@ def dmc_model_config(args: Any, *, start: Start) -> DMCModelConfig:
         start: where the run starts; sets the position in the training data as well.
 
     Raises:
-        ValueError: a setting outside its range, or an argument that compressing attention cannot serve.
+        ValueError: a setting outside its range.
     """
-    _refuse(args)
     transformer = core_transformer_config_from_args(args, DMCTransformerConfig)
     transformer.dmc = dmc_config_from_args(args)
     transformer.dmc_clear_borrowed_rows = start.clears_rows
@@ -31,23 +30,3 @@ def dmc_model_config(args: Any, *, start: Start) -> DMCModelConfig:
     model_config = gpt_config_from_args(args, config=transformer, model_config_cls=DMCModelConfig)
     model_config.rope_scaling_factor = args.rope_scaling_factor
     return model_config
-
-
-def _refuse(args: Any) -> None:
-    """Arguments that never reach the model configuration."""
-    if args.dmc_stage == "off":
-        if args.dataloader_inter_document_masking:
-            raise ValueError(
-                "--dataloader-inter-document-masking at --dmc-stage off: packed sequences need Transformer Engine's "
-                "attention, which this release does not drive; train the control without it"
-            )
-        return
-    for name, flag in (
-        ("use_megatron_fsdp", "--use-megatron-fsdp"),
-        ("use_torch_fsdp2", "--use-torch-fsdp2"),
-        ("freeze_all_layers", "freezing"),
-        ("sft", "--sft"),
-        ("spec", "--spec"),
-    ):
-        if getattr(args, name, None):
-            raise ValueError(f"{flag}: not supported with compressing attention; all weights train, without FSDP")

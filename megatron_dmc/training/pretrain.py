@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_dmc import host
 from megatron_dmc.errors import InfrastructureError
@@ -21,10 +22,14 @@ from megatron_dmc.training.arguments import (
     check_shape,
     dmc_config_from_args,
     llama_flags,
+    refuse_flags,
     with_defaults,
 )
 from megatron_dmc.training.base_checkpoint import Start, find_start, saved_iteration
 from megatron_dmc.training.process_environment import complete_environment
+
+if TYPE_CHECKING:
+    from megatron_dmc.model.config import DMCModelConfig
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def prepare(argv: list[str]) -> Run:
     """
     given = _read_own_flags(argv)
     settings = dmc_config_from_args(given)
+    refuse_flags(argv, settings.stage)
     start = find_start(settings, given.save, given.pretrained_checkpoint)
     _check_tokens(given, start.llama)
     argv = _complete(argv, given, start)
@@ -156,21 +162,35 @@ def _without(argv: list[str], flag: str) -> list[str]:
     return [argument for argument in kept if not argument.startswith(flag + "=")]
 
 
+def configure(run: Run) -> tuple[Any, DMCModelConfig]:
+    """Megatron's arguments, which become its global ones, and the configuration of the model.
+
+    Raises:
+        ValueError: flags that Megatron or compressing attention refuses.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_dmc.training.model_config import dmc_model_config
+
+    sys.argv = [sys.argv[0], *run.argv]
+    try:
+        args = parse_and_validate_args(extra_args_provider=add_dmc_arguments)
+        return args, dmc_model_config(args, start=run.start)
+    except AssertionError as refusal:
+        raise ValueError(f"Megatron refuses these flags: {refusal}") from refusal
+
+
 def _run_engine(run: Run) -> int:
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
 
     from megatron_dmc import megatron_compat
     from megatron_dmc.training.data_sets import build_data_sets
     from megatron_dmc.training.forward_step import forward_step
     from megatron_dmc.training.metrics import StepRecorder, stop_decision
-    from megatron_dmc.training.model_config import dmc_model_config
 
-    sys.argv = [sys.argv[0], *run.argv]
-    args = parse_and_validate_args(extra_args_provider=add_dmc_arguments)
-    model_config = dmc_model_config(args, start=run.start)
+    args, model_config = configure(run)
     recorder = StepRecorder(args.save)
     megatron_compat.after_each_step(recorder)
     megatron_compat.stop_when(stop_decision(recorder))
