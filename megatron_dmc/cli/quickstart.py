@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 PROMPT = "def read_lines(path):\n"
 STAGES = ("base", "zero_out", "retrofit", "consolidate")
-SIZES = ("seq_length", "global_batch_size", "micro_batch_size", "eval_sequences")
+SIZES = ("seq_length", "micro_batch_size", "eval_sequences")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,10 +38,11 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument(f"--{stage.replace('_', '-')}-steps", type=int, help=f"length of the stage {stage}")
     for size, meaning in zip(
         SIZES,
-        ("tokens per sequence", "sequences per step", "sequences at once", "sequences to measure on"),
+        ("tokens per sequence", "sequences at once", "sequences to measure on"),
         strict=True,
     ):
         parser.add_argument(f"--{size.replace('_', '-')}", type=int, help=meaning)
+    parser.add_argument("--global-batch-size", type=int, help="sequences per step, in every stage")
     parser.add_argument("--prompt", default=PROMPT, help="text to continue at the end (default: %(default)r)")
     parser.set_defaults(run=run)
 
@@ -72,6 +73,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     recipe = SMALL if args.hf_model is None else user_model_recipe()
     if args.hf_model is not None and args.base_steps:
         raise ValueError("--base-steps trains a small base model, --hf-model brings one: give one of the two")
+    if args.global_batch_size is not None:
+        recipe = recipe.with_batch_size(args.global_batch_size)
     changes: dict[str, Any] = {size: getattr(args, size) for size in SIZES if getattr(args, size) is not None}
     for stage in STAGES:
         steps = getattr(args, f"{stage}_steps")

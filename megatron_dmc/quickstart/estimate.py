@@ -53,7 +53,7 @@ def num_parameters(llama: LlamaConfig) -> int:
 def estimate(llama: LlamaConfig, recipe: Recipe, peak_flops: float) -> Estimate:
     """The needs of ``recipe`` on a machine that does ``peak_flops`` operations per second."""
     parameters = num_parameters(llama)
-    tokens = recipe.micro_batch_size * recipe.seq_length
+    tokens = recipe.micro_batch("retrofit") * recipe.seq_length
     kept = 4 * tokens * llama.hidden_size * ACTIVATIONS_PER_TOKEN_AND_LAYER * llama.num_layers
     logits = 4 * tokens * llama.vocab_size * LOGIT_COPIES
     retrofit_samples = recipe.total_samples - recipe.first_sample("zero_out")

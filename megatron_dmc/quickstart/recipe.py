@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +24,22 @@ SMALL_LLAMA = LlamaConfig(
 )
 """About one million parameters: trained from scratch in minutes on two CPU cores."""
 
+STAGES = ("base", "zero_out", "retrofit", "consolidate")
+
 
 @dataclass(frozen=True)
 class Training:
-    """One stage: its length, and its learning rate from ``learning_rate`` to ``min_learning_rate``."""
+    """One stage: its length, and its learning rate from ``learning_rate`` to ``min_learning_rate``.
+
+    ``batch_size``: sequences per step.
+    """
 
     steps: int
     learning_rate: float
     min_learning_rate: float
     decay: str = "constant"
     warmup_steps: int = 0
+    batch_size: int = 4
 
     def of_length(self, steps: int) -> Training:
         """The same training over another number of steps."""
@@ -43,17 +50,16 @@ class Training:
 class Recipe:
     """All settings of a run; equal recipes give equal runs. Defaults: the small model.
 
-    ``base`` has no steps where the user brings a model.
+    ``base`` has no steps where the user brings a model. ``micro_batch_size``: sequences at once; None = a whole batch.
     """
 
-    base: Training = Training(500, 3e-3, 3e-4, "cosine", 20)
-    zero_out: Training = Training(50, 3e-4, 3e-4)
-    retrofit: Training = Training(300, 3e-4, 3e-4)
-    consolidate: Training = Training(150, 3e-4, 3e-5, "cosine")
-    dmc: DMCConfig = field(default_factory=DMCConfig)
+    base: Training = Training(640, 3e-3, 3e-4, "cosine", 50, batch_size=12)
+    zero_out: Training = Training(60, 1e-3, 1e-3)
+    retrofit: Training = Training(1100, 1e-3, 1e-3)
+    consolidate: Training = Training(900, 1e-3, 1e-4, "cosine")
+    dmc: DMCConfig = field(default_factory=lambda: DMCConfig(loss_weight=1.5))
     seq_length: int = 256
-    global_batch_size: int = 16
-    micro_batch_size: int = 16
+    micro_batch_size: int | None = None
     eval_sequences: int = 512
     seed: int = 1234
 
@@ -61,13 +67,22 @@ class Recipe:
         for name in ("zero_out", "retrofit", "consolidate"):
             if self.stage(name).steps < 1:
                 raise ValueError(f"{name} of {self.stage(name).steps} steps: must be at least 1")
-        for name in ("seq_length", "global_batch_size", "micro_batch_size", "eval_sequences"):
+        for name in ("seq_length", "eval_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size}: must divide the global batch of {self.global_batch_size}"
-            )
+        for name in STAGES:
+            batch, at_once = self.stage(name).batch_size, self.micro_batch(name)
+            if batch < 1 or at_once < 1 or batch % at_once:
+                raise ValueError(f"micro_batch_size={at_once}: must divide the global batch of {batch} in {name}")
+
+    def micro_batch(self, name: str) -> int:
+        """Sequences of a stage that are computed at once."""
+        return self.stage(name).batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+    def with_batch_size(self, batch_size: int) -> Recipe:
+        """The same recipe with ``batch_size`` sequences per step in every stage."""
+        stages = {name: dataclasses.replace(self.stage(name), batch_size=batch_size) for name in STAGES}
+        return dataclasses.replace(self, **stages)
 
     def stage(self, name: str) -> Training:
         """The training of ``base``, ``zero_out``, ``retrofit`` or ``consolidate``."""
@@ -76,20 +91,21 @@ class Recipe:
 
     def first_sample(self, name: str) -> int:
         """Position of a stage's first sequence in the one order of all data."""
-        before = STAGES[: STAGES.index(name)]
-        return self.global_batch_size * sum(self.stage(stage).steps for stage in before)
+        return self._samples(STAGES[: STAGES.index(name)])
 
     @property
     def total_samples(self) -> int:
         """Sequences that all stages read; control and retrofit read the same ones."""
-        return self.global_batch_size * sum(self.stage(stage).steps for stage in STAGES)
+        return self._samples(STAGES)
+
+    def _samples(self, stages: Sequence[str]) -> int:
+        return sum(self.stage(name).steps * self.stage(name).batch_size for name in stages)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, ready for JSON."""
         return dataclasses.asdict(self)
 
 
-STAGES = ("base", "zero_out", "retrofit", "consolidate")
 SMALL = Recipe()
 
 
@@ -97,9 +113,10 @@ def user_model_recipe() -> Recipe:
     """For a pretrained Llama: the published learning rates ([DMC] section 4), and no base training."""
     return Recipe(
         base=Training(0, 0.0, 0.0),
-        zero_out=Training(50, 3e-5, 3e-5),
-        retrofit=Training(300, 3e-5, 3e-5),
-        consolidate=Training(150, 3e-5, 3e-6, "cosine"),
+        zero_out=Training(50, 3e-5, 3e-5, batch_size=16),
+        retrofit=Training(300, 3e-5, 3e-5, batch_size=16),
+        consolidate=Training(150, 3e-5, 3e-6, "cosine", batch_size=16),
+        dmc=DMCConfig(),
         micro_batch_size=1,
     )
 
@@ -115,8 +132,8 @@ def flags(recipe: Recipe, name: str, *, control: bool = False) -> list[str]:
     training = recipe.stage(name)
     settings: dict[str, Any] = {
         "--seq-length": recipe.seq_length,
-        "--micro-batch-size": recipe.micro_batch_size,
-        "--global-batch-size": recipe.global_batch_size,
+        "--micro-batch-size": recipe.micro_batch(name),
+        "--global-batch-size": training.batch_size,
         "--train-iters": training.steps,
         "--lr": training.learning_rate,
         "--min-lr": training.min_learning_rate,

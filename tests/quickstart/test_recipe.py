@@ -16,7 +16,7 @@ def test_stages_follow_one_another_in_the_data():
     end = 0
     for stage in STAGES:
         assert SMALL.first_sample(stage) == end
-        end += SMALL.stage(stage).steps * SMALL.global_batch_size
+        end += SMALL.stage(stage).steps * SMALL.stage(stage).batch_size
     assert SMALL.total_samples == end
 
 
@@ -46,7 +46,7 @@ def test_every_setting_of_dmc_is_passed_on():
     [
         ({"retrofit": Training(0, 1e-4, 1e-4)}, "retrofit of 0 steps"),
         ({"seq_length": 0}, "seq_length=0"),
-        ({"global_batch_size": 10, "micro_batch_size": 4}, "micro_batch_size=4: must divide"),
+        ({"micro_batch_size": 3}, "micro_batch_size=3: must divide the global batch of 4 in zero_out"),
     ],
 )
 def test_recipes_that_cannot_run(change, message):
@@ -59,6 +59,12 @@ def test_a_users_model_gets_the_published_rates_and_no_base_training():
     assert recipe.first_sample("zero_out") == 0
     assert {recipe.stage(stage).learning_rate for stage in STAGES[1:]} == {3e-5}
     assert recipe.consolidate.min_learning_rate == 3e-6
+
+
+def test_one_batch_size_for_every_stage():
+    recipe = SMALL.with_batch_size(8)
+    assert {recipe.stage(stage).batch_size for stage in STAGES} == {8}
+    assert parsed(flags(recipe, "base"))["--micro-batch-size"] == "8"
 
 
 def test_other_lengths_keep_the_rest():
