@@ -1,0 +1,145 @@
+"""Trains the small model in any layout: data, starting checkpoints and single-rank runs are made once and kept."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dmc.data.indexed import IndexedWriter
+from tests.layouts import probe
+from tests.layouts.ranks import run_ranks
+from tests.layouts.whole_run import WholeRun, assemble
+
+VOCAB_SIZE = 120
+SEQUENCE_LENGTH = 32
+NUM_LAYERS = 4
+
+DECISION_BIAS = 1.0
+BORROWED_ROW_SCALE = 5.0
+"""Together they put about a third of the decision logits above zero; bias 5 and trained-size rows would put none."""
+
+TARGET_CR = 1.6
+"""Asks for 0.375: in the first batch sequences accumulate 0.33 to 0.44, so that hinges are open and closed."""
+
+_MODEL = {
+    "num_layers": NUM_LAYERS,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 16,
+    "ffn_hidden_size": 96,
+    "max_position_embeddings": SEQUENCE_LENGTH,
+    "vocab_size": VOCAB_SIZE,
+    "init_method_std": 0.08,
+}
+
+_RUN = {
+    "seq_length": SEQUENCE_LENGTH,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "lr": 3e-5,
+    "min_lr": 3e-5,
+    "lr_decay_style": "constant",
+    "tokenizer_type": "NullTokenizer",
+    "split": "100,0,0",
+    "eval_iters": 0,
+    "log_interval": 1,
+    "save_interval": 1000,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model and what is trained, apart from the layout.
+
+    Attributes:
+        model: flags of the model that differ from the usual one; each set has a checkpoint of its own.
+        run: flags of the run, all stages but the making of the checkpoint.
+        tied: embedding and output layer share their weight.
+        stage: of the run; the checkpoint is of the stage before.
+    """
+
+    model: tuple[tuple[str, object], ...] = ()
+    run: tuple[str, ...] = ()
+    tied: bool = False
+    stage: str = "consolidate"
+
+    @property
+    def base_stage(self) -> str:
+        return "off" if self.stage == "off" else "retrofit"
+
+
+class Laboratory:
+    """Runs in one directory.
+
+    Args:
+        directory: empty; receives data, checkpoints and the logs of all ranks.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._data = _write_data(directory / "data")
+        self._runs = 0
+        self.base = functools.cache(self._make_base)
+        self.reference = functools.cache(self._train_alone)
+
+    def path(self, name: str) -> Path:
+        """A path for a test of its own."""
+        return self._directory / name
+
+    def train(self, variant: Variant, ranks: int, switches: tuple[str, ...] = (), **flags: object) -> WholeRun:
+        """Train ``variant`` on ``ranks`` processes from its checkpoint; ``flags`` replace others (None leaves out)."""
+        argv = self.arguments(variant, switches, **{"pretrained_checkpoint": self.base(variant)} | flags)
+        return assemble(run_ranks(probe.train, ranks, self._log_directory(), argv), VOCAB_SIZE)
+
+    def arguments(self, variant: Variant, switches: tuple[str, ...] = (), **flags: object) -> list[str]:
+        """All flags of a run."""
+        ours = {
+            "data_path": self._data,
+            "data_cache_path": self._directory / "cache",
+            "dmc_stage": variant.stage,
+            "dmc_decision_bias": DECISION_BIAS,
+            "dmc_target_cr": TARGET_CR,
+        }
+        merged = _MODEL | _RUN | dict(variant.model) | ours | flags
+        argv = ["--group-query-attention"]
+        if not variant.tied:
+            argv.append("--untie-embeddings-and-output-weights")
+        for name, value in merged.items():
+            if value is not None:
+                argv += ["--" + name.replace("_", "-"), str(value)]
+        return [*argv, *variant.run, *switches]
+
+    def _train_alone(self, variant: Variant, steps: int) -> WholeRun:
+        return self.train(variant, ranks=1, train_iters=steps)
+
+    def _make_base(self, variant: Variant) -> Path:
+        return self._base_of(variant.model, variant.tied, variant.base_stage)
+
+    @functools.cache  # noqa: B019 - one laboratory lives as long as the test session
+    def _base_of(self, model: tuple, tied: bool, stage: str) -> Path:
+        self._runs += 1
+        path = self._directory / f"base{self._runs}"
+        argv = self.arguments(Variant(model, (), tied, stage), save=path, train_iters=1, lr=0, min_lr=0)
+        run_ranks(probe.make_base, 1, self._log_directory(), argv, spread=BORROWED_ROW_SCALE)
+        return path
+
+    def _log_directory(self) -> Path:
+        self._runs += 1
+        return self._directory / f"logs{self._runs}"
+
+
+def _write_data(prefix: Path, num_documents: int = 400) -> Path:
+    """Documents of random tokens; each prefers a few of its own, so that sequences compress differently."""
+    random = np.random.default_rng(7)
+    with IndexedWriter(prefix, VOCAB_SIZE) as writer:
+        for _ in range(num_documents):
+            favourites = random.choice(VOCAB_SIZE - 1, size=6)
+            length = int(random.integers(4, 40))
+            anything = random.integers(0, VOCAB_SIZE - 1, size=length)
+            tokens = np.where(random.random(length) < 0.7, random.choice(favourites, size=length), anything)
+            writer.add(np.append(tokens, VOCAB_SIZE - 1))
+    return prefix

@@ -1,0 +1,162 @@
+"""What one rank records while it trains: losses of every step, gradients and decisions of the first.
+
+Everything is returned as numpy arrays. Legend: S sequence, B batch, G KV heads.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_dmc.model import attention
+from megatron_dmc.model.builder import DMCModelBuilder
+from megatron_dmc.training import base_checkpoint, metrics, pretrain
+
+
+@dataclass
+class Decisions:
+    """Decision logits and noise of one layer for a micro-batch's sequences, this rank's heads and positions."""
+
+    layer: int
+    sequence_B: np.ndarray
+    head_G: np.ndarray
+    position_S: np.ndarray
+    logits_SBG: np.ndarray
+    noise_SBG: np.ndarray
+
+
+@dataclass
+class Record:
+    """One rank's run.
+
+    Attributes:
+        tensor_rank: rank within tensor parallelism.
+        steps: per step the logged values; empty except on the last pipeline stage.
+        gradients: by global parameter name, after all reductions, of the first step.
+        split_dimension: by global parameter name, the dimension that tensor parallelism cuts; None = whole.
+        decisions: of the first step.
+    """
+
+    tensor_rank: int = 0
+    steps: list[dict[str, float]] = field(default_factory=list)
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    split_dimension: dict[str, int | None] = field(default_factory=dict)
+    decisions: list[Decisions] = field(default_factory=list)
+
+
+def train(argv: list[str]) -> Record:
+    """Run one stage through the product's own entry and record it."""
+    record = Record()
+    _record_steps(record)
+    record_gradients(record)
+    _record_decisions(record)
+    pretrain.train(argv)
+    return record
+
+
+def make_base(argv: list[str], spread: float) -> Record:
+    """Save random weights as if ``--dmc-stage`` had trained them, with decision logits on both sides of zero.
+
+    Args:
+        argv: of a run with learning rate zero.
+        spread: factor on the rows that produce the borrowed channels; random ones would hardly ever accumulate.
+    """
+    pretrain.find_start = lambda *_: base_checkpoint.Start(llama=None, resumes=False)
+    build = DMCModelBuilder.build_model
+
+    def build_spread(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = build(self, *args, **kwargs)
+        config = model.config
+        queries = config.num_attention_heads // config.num_query_groups
+        for layer in model.decoder.layers:
+            weight = layer.self_attention.linear_qkv.weight.data
+            weight.view(-1, queries + 2, config.kv_channels, weight.shape[1])[:, : queries + 1, -1] *= spread
+        return model
+
+    DMCModelBuilder.build_model = build_spread
+    return train(argv)
+
+
+def _record_steps(record: Record) -> None:
+    observe = metrics.StepRecorder.__call__
+
+    def recorded(self: Any, logged: dict[str, Any]) -> None:
+        if logged["loss_dict"]:
+            values = {name: float(value) for name, value in logged["loss_dict"].items()}
+            record.steps.append(values | {"grad norm": float(logged["grad_norm"] or 0.0)})
+        observe(self, logged)
+
+    metrics.StepRecorder.__call__ = recorded
+
+
+def record_gradients(record: Record) -> None:
+    """Keep the gradients of the next step, after all reductions and before the optimizer."""
+    from megatron.core import parallel_state
+    from megatron.training import training
+
+    finalize = training.finalize_model_grads
+
+    def recorded(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
+        finalize(chunks, *args, **kwargs)
+        if record.gradients:
+            return
+        record.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        for chunk in chunks:
+            _gather_shards(chunk)
+            for name, parameter in chunk.named_parameters():
+                name = _global_name(name, chunk)
+                record.gradients[name] = parameter.main_grad.float().numpy().copy()
+                is_split = getattr(parameter, "tensor_model_parallel", False)
+                record.split_dimension[name] = parameter.partition_dim if is_split else None
+
+    training.finalize_model_grads = recorded
+
+
+def _gather_shards(chunk: Any) -> None:
+    """The distributed optimizer reduces gradients to one shard per rank; put the shards together."""
+    for buffer in chunk.buffers:
+        if not buffer.ddp_config.use_distributed_optimizer:
+            continue
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            shards = bucket.grad_data.view(group.size(), -1)
+            mine = shards[group.rank()].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def _global_name(name: str, chunk: Any) -> str:
+    """Parameter name with the number of its layer in the whole model instead of its place in the chunk."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+        name = name.removeprefix("module.")
+    if found := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
+        number = chunk.decoder.layers[int(found[1])].layer_number - 1
+        return f"decoder.layers.{number}.{found[2]}"
+    return name
+
+
+def _record_decisions(record: Record) -> None:
+    draw_noise, fraction = attention.logistic_noise, attention.dmc.decision_fraction
+    latest: dict[str, Any] = {}
+
+    def drawn(seed: int, step: int, sequence_B: Any, layer: int, head_G: Any, position_S: Any) -> Any:
+        noise = draw_noise(seed, step, sequence_B, layer, head_G, position_S)
+        latest.update(step=step, coordinates=(layer, sequence_B, head_G, position_S), noise=noise)
+        return noise
+
+    def read(logits_SBG: Any, noise_SBG: Any, *args: Any) -> Any:
+        if noise_SBG is not None:
+            assert noise_SBG is latest["noise"]
+            first_step = latest.setdefault("first step", latest["step"])
+            if latest["step"] == first_step:
+                layer, *coordinates = latest["coordinates"]
+                tensors = [*coordinates, logits_SBG.detach().float(), noise_SBG]
+                record.decisions.append(Decisions(layer, *(tensor.numpy().copy() for tensor in tensors)))
+        return fraction(logits_SBG, noise_SBG, *args)
+
+    attention.logistic_noise = drawn
+    attention.dmc.decision_fraction = read

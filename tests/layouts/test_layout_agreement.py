@@ -1,0 +1,78 @@
+"""The same losses, gradients and decisions in every layout as on one rank.
+
+``make test`` runs a choice that covers each mechanism; the whole matrix, with 20 steps each, is marked slow.
+"""
+
+import numpy as np
+import pytest
+
+from tests.layouts.agreement import assert_agree
+from tests.layouts.cases import (
+    DOCUMENTS,
+    LAYOUTS,
+    MULTI_HEAD,
+    MULTI_QUERY,
+    PER_LAYER,
+    TIED,
+    WHOLE_SEGMENT,
+    WINDOW,
+)
+from tests.layouts.laboratory import NUM_LAYERS, SEQUENCE_LENGTH, TARGET_CR
+
+QUICK_STEPS = 3
+STEPS = 20
+
+QUICK = {
+    "recompute_uniform_tp2_sp_pp2": WHOLE_SEGMENT,
+    "pp2_vp2": WINDOW,
+    "cp2_tp2_sp": PER_LAYER,
+    "dp2_distributed_optimizer_overlap": WHOLE_SEGMENT,
+    "cp2_pp2": DOCUMENTS,
+    "per_token_loss_cp2_pp2": WHOLE_SEGMENT,
+}
+
+MODELS = {
+    "multi_head": (MULTI_HEAD, ("tp2_sp_pp2", "cp2")),
+    "multi_query": (MULTI_QUERY, ("pp2_vp2", "cp2_pp2")),
+    "tied_embeddings": (TIED, ("tp2_sp_pp2", "dp2_pp2")),
+    "window": (WINDOW, ("tp2_sp_pp2", "cp2_pp2", "recompute_block")),
+    "decisions_per_layer": (PER_LAYER, ("tp2", "tp2_sp_pp2", "cp2_tp2", "dp2_pp2")),
+    "documents": (DOCUMENTS, ("pp2", "cp2", "cp2_pp2", "tp2_sp_pp2", "pp2_vp2", "dp2", "recompute_uniform")),
+}
+
+
+def test_layout_reference_has_both_decisions_and_both_hinges(laboratory):
+    run = laboratory.reference(WHOLE_SEGMENT, QUICK_STEPS)
+    logits = np.stack(list(run.logits.values()))
+    assert 0.2 < (logits > 0).mean() < 0.8
+    sequences = {sequence for _, sequence in run.logits}
+    decisions = {key: run.logits[key] + run.noise[key] > 0 for key in run.logits}
+    fractions = [np.mean([decisions[layer, sequence] for layer in range(1, NUM_LAYERS + 1)]) for sequence in sequences]
+    margin = 2.0 / (SEQUENCE_LENGTH * NUM_LAYERS)
+    open_hinges = [fraction for fraction in fractions if fraction < 1 - 1 / TARGET_CR - margin]
+    closed_hinges = [fraction for fraction in fractions if fraction > 1 - 1 / TARGET_CR + margin]
+    assert len(open_hinges) >= 2
+    assert len(closed_hinges) >= 2
+
+
+@pytest.mark.parametrize("layout", QUICK)
+def test_layout_agrees(laboratory, layout):
+    variant, where = QUICK[layout], LAYOUTS[layout]
+    run = laboratory.train(variant, where.ranks, where.switches, train_iters=QUICK_STEPS)
+    assert_agree(run, laboratory.reference(variant, QUICK_STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_agrees_for_20_steps(laboratory, layout):
+    where = LAYOUTS[layout]
+    run = laboratory.train(WHOLE_SEGMENT, where.ranks, where.switches, train_iters=STEPS)
+    assert_agree(run, laboratory.reference(WHOLE_SEGMENT, STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "layout"), [(model, layout) for model in MODELS for layout in MODELS[model][1]])
+def test_layout_agrees_for_every_model(laboratory, model, layout):
+    variant, where = MODELS[model][0], LAYOUTS[layout]
+    run = laboratory.train(variant, where.ranks, where.switches, train_iters=STEPS)
+    assert_agree(run, laboratory.reference(variant, STEPS))

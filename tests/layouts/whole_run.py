@@ -1,0 +1,93 @@
+"""One run of the whole model, put together from the records of its ranks, and what two runs differ in.
+
+Legend: S sequence (all positions), G KV heads (all).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.layouts.probe import Record
+
+REPLICA_TOLERANCE = 1e-6
+"""Relative: ranks that hold the same parameter end with the same gradient, up to the order of their sums."""
+
+NEGLIGIBLE_NORM = 1e-8
+
+
+@dataclass
+class WholeRun:
+    """A run, independent of its layout.
+
+    Attributes:
+        steps: logged values of every step.
+        gradients: by parameter name, of the first step.
+        logits, noise: by (layer, sequence), [S, G], of the first step.
+    """
+
+    steps: list[dict[str, float]]
+    gradients: dict[str, np.ndarray]
+    logits: dict[tuple[int, int], np.ndarray]
+    noise: dict[tuple[int, int], np.ndarray]
+
+    def curve(self, name: str) -> np.ndarray:
+        """One logged value over all steps."""
+        return np.array([step[name] for step in self.steps])
+
+    def accumulated(self, temperature_free: bool = True) -> dict[tuple[int, int], np.ndarray]:
+        """Decisions of the first step, bool [S, G]."""
+        return {key: self.logits[key] + self.noise[key] > 0 for key in self.logits}
+
+
+def assemble(records: list[Record], vocab_size: int) -> WholeRun:
+    """Put the records of all ranks together; replicas must agree."""
+    steps = next(record.steps for record in records if record.steps)
+    names = {name for record in records for name in record.gradients}
+    gradients = {name: _assemble_gradient(name, records, vocab_size) for name in sorted(names)}
+    logits, noise = _assemble_decisions(records)
+    return WholeRun(steps, gradients, logits, noise)
+
+
+def _assemble_gradient(name: str, records: list[Record], vocab_size: int) -> np.ndarray:
+    parts: dict[int, np.ndarray] = {}
+    for record in records:
+        if name not in record.gradients:
+            continue
+        split = record.split_dimension[name]
+        rank = record.tensor_rank if split is not None else 0
+        mine = record.gradients[name]
+        assert deviation(mine, parts.setdefault(rank, mine)) <= REPLICA_TOLERANCE, f"replicas of {name} differ"
+    ordered = [parts[rank] for rank in sorted(parts)]
+    if split is None:
+        return ordered[0]
+    if name.endswith("linear_fc1.weight"):
+        # Each rank holds its gate rows, then its up rows.
+        halves = [np.split(part, 2) for part in ordered]
+        return np.concatenate([half[side] for side in (0, 1) for half in halves])
+    whole = np.concatenate(ordered, axis=split)
+    return whole[:vocab_size] if name.startswith(("embedding.", "output_layer.")) else whole
+
+
+def _assemble_decisions(records: list[Record]) -> tuple[dict, dict]:
+    decisions = [part for record in records for part in record.decisions]
+    if not decisions:
+        return {}, {}
+    shape = (1 + max(part.position_S.max() for part in decisions), 1 + max(part.head_G.max() for part in decisions))
+    logits: dict[tuple[int, int], np.ndarray] = {}
+    noise: dict[tuple[int, int], np.ndarray] = {}
+    for part in decisions:
+        place = np.ix_(part.position_S, part.head_G)
+        for row, sequence in enumerate(part.sequence_B):
+            key = (part.layer, int(sequence))
+            for whole, mine in ((logits, part.logits_SBG), (noise, part.noise_SBG)):
+                whole.setdefault(key, np.full(shape, np.nan))[place] = mine[:, row]
+    assert not any(np.isnan(array).any() for array in [*logits.values(), *noise.values()])
+    return logits, noise
+
+
+def deviation(found: np.ndarray, expected: np.ndarray) -> float:
+    """Frobenius norm of the difference over that of ``expected``; 0 where that norm is negligible."""
+    norm = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(found - expected)) / norm if norm > NEGLIGIBLE_NORM else 0.0
