@@ -110,14 +110,19 @@ def states(model: LayerwiseModel, job: ForwardJob) -> Iterator[tuple[str, Tensor
 
 
 def _open(job: ForwardJob) -> LayerwiseModel:
-    if locate(job.path).format == HUGGING_FACE:
-        from checkpoints_convert.forward_transformers import TransformersModel
-
-        return TransformersModel(Path(job.path), job.clears_borrowed)
-    host.use_cpu()
-    from checkpoints_convert.forward_megatron import MegatronModel
-
-    return MegatronModel(Path(job.path), job.clears_borrowed)
+    path = Path(job.path)
+    if locate(path).format == HUGGING_FACE:
+        try:
+            from checkpoints_convert.forward_transformers import TransformersModel
+        except ImportError as error:
+            raise SystemExit(f"transformers is needed for the logits of a Hugging Face model ({error})") from error
+        return TransformersModel(path, job.clears_borrowed)
+    try:
+        host.use_cpu()
+        from checkpoints_convert.forward_megatron import MegatronModel
+    except ImportError as error:
+        raise SystemExit(f"megatron-core is needed for the logits of a Megatron checkpoint ({error})") from error
+    return MegatronModel(path, job.clears_borrowed)
 
 
 def main(description: Path) -> None:

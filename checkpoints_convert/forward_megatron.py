@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from checkpoints_convert import layouts
@@ -15,15 +20,6 @@ from checkpoints_convert.source import MegatronSource
 from megatron_dmc.checkpoint.legacy import LOCAL_SPEC_NAMES
 from megatron_dmc.checkpoint.locate import locate
 from megatron_dmc.checkpoint.settings import megatron_arguments
-
-try:
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.spec_utils import build_module
-    from megatron.core.transformer.transformer_config import TransformerConfig
-except ImportError as error:
-    raise SystemExit(f"megatron-core is needed for the logits of a Megatron checkpoint: {error}") from error
 
 _LAYER_PREFIX = "decoder.layers.*."
 

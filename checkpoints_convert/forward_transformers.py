@@ -11,15 +11,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from checkpoints_convert.decision_neurons import clear_rows
 from checkpoints_convert.hf_directory import HuggingFaceDirectory
-
-try:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-except ImportError as error:
-    raise SystemExit(f"transformers is needed for the logits of a Hugging Face model: {error}") from error
 
 # Of another class than LlamaConfig, or about the file rather than the model.
 _NOT_LLAMA_SETTINGS = frozenset({"model_type", "architectures", "dmc", "sliding_window", "dtype", "torch_dtype"})

@@ -26,6 +26,11 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """Protocol 2 writes empty bytes as a call without arguments."""
+    return b""
+
+
 def _layout(name: Any) -> str:
     if name != "torch.strided":
         raise ValueError(f"a tensor layout {name!r}")
@@ -110,6 +115,8 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
     "torch.serialization._get_layout": _layout,
     "collections.OrderedDict": dict,
     "_codecs.encode": _encode,
+    "builtins.bytes": _no_bytes,
+    "__builtin__.bytes": _no_bytes,
     "builtins.set": set,
     "__builtin__.set": set,
     "builtins.frozenset": frozenset,
