@@ -27,7 +27,7 @@ class Start:
         llama: shape of the model; None when it is trained from scratch by Megatron's own flags.
         resumes: continues its own stage from ``--save``.
         clears_rows: the borrowed rows must become zero before the first step.
-        first_sample: consumed samples of the checkpoint it starts from.
+        first_sample: where the stage starts in the training data; consumed samples of the checkpoint before it.
     """
 
     llama: LlamaConfig | None
@@ -103,4 +103,4 @@ def _resume(settings: DMCConfig, save: str) -> Start:
             + "\n  ".join(different)
             + "\ngive the same settings to continue it, or another --save"
         )
-    return Start(stored.llama, resumes=True)
+    return Start(stored.llama, resumes=True, first_sample=int(stored.args.get("dmc_first_sample") or 0))

@@ -16,9 +16,10 @@ def build_data_sets(num_samples: tuple[int, int | None, int], vp_stage: int | No
 
     The order of the training data depends on the seed and the number of samples of the *whole recipe*
     (``--dmc-total-samples``), not on the length of this stage, so that a stage continues where the former stopped.
+    Without it they are those up to the end of this stage, also after a resume.
     """
     args = get_args()
-    total = args.dmc_total_samples or args.consumed_train_samples + num_samples[0]
+    total = args.dmc_total_samples or args.dmc_first_sample + num_samples[0]
     sizes = [total, num_samples[1], num_samples[2]]
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
