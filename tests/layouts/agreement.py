@@ -1,4 +1,7 @@
-"""How closely a run in a parallel layout must agree with the same run on one rank, and how closely it does."""
+"""How closely a run in a parallel layout must agree with the same run on one rank, and how closely it does.
+
+The tolerances are within ten times what rounding alone does to Megatron's own model (``test_layout_control``).
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ import numpy as np
 
 from tests.layouts.whole_run import WholeRun, deviation
 
-LOSS = 1e-5
-"""Absolute, LM loss and compression loss of the first step."""
+LOSS = 4e-6
+"""Absolute, LM loss and compression loss of the watched step. Megatron's own model shows 4.8e-7."""
 
-GRADIENT = 1e-4
-"""Relative (Frobenius), every parameter in the first step."""
+GRADIENT = 1e-5
+"""Relative (Frobenius), every parameter in the watched step. Megatron's own model shows 1.4e-6."""
 
-CURVE = 1e-4
-"""Absolute, both losses in every step of 20 at learning rate 3e-5."""
+CURVE = 4e-6
+"""Absolute, both losses in every step of 20 at learning rate 3e-5. Megatron's own model shows 9.5e-7."""
 
 UNDECIDED = 1e-3
 """Decision logits closer to zero than this may fall on either side."""
@@ -53,16 +56,28 @@ def compare(found: WholeRun, expected: WholeRun) -> Agreement:
     return Agreement(float(curves[:, 0].max()), float(curves.max()), max(gradients), decisions)
 
 
+def assert_telling(run: WholeRun, target_cr: float) -> None:
+    """Fail where a comparison with this run would show little: one decision everywhere, or every hinge alike."""
+    logits = np.stack(list(run.logits.values()))
+    assert 0.2 < (logits > 0).mean() < 0.8
+    fractions = run.accumulated_fractions()
+    margin = 2 / (logits[0].size * len(logits) / len(fractions))
+    target = 1 - 1 / target_cr
+    assert (fractions < target - margin).sum() >= 2, fractions
+    assert (fractions > target + margin).sum() >= 2, fractions
+
+
 def _different_decisions(found: WholeRun, expected: WholeRun, key: tuple[int, int]) -> int:
     theirs, ours = (run.logits[key] + run.noise[key] for run in (found, expected))
     return int((((theirs > 0) != (ours > 0)) & (np.abs(ours) > UNDECIDED)).sum())
 
 
-def assert_agree(found: WholeRun, expected: WholeRun) -> None:
-    """Fail where the runs differ by more than the tolerances; print by how much they do."""
+def assert_agree(found: WholeRun, expected: WholeRun) -> Agreement:
+    """Fail where the runs differ by more than the tolerances; print and return by how much they do."""
     agreement = compare(found, expected)
     print(agreement)
     assert agreement.loss <= LOSS, agreement
     assert agreement.gradient <= GRADIENT, agreement
     assert agreement.decisions == 0, agreement
     assert agreement.curve <= CURVE, agreement
+    return agreement

@@ -1,10 +1,11 @@
-"""What one rank records while it trains: losses of every step, gradients and decisions of the first.
+"""What one rank records while it trains: losses of every step, gradients and decisions of one, the last weights.
 
 Everything is returned as numpy arrays. Legend: S sequence, B batch, G KV heads.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,24 +37,31 @@ class Record:
     Attributes:
         tensor_rank: rank within tensor parallelism.
         steps: per step the logged values; empty except on the last pipeline stage.
-        gradients: by global parameter name, after all reductions, of the first step.
+        gradients: by global parameter name, after all reductions, of the watched step.
+        weights: by global parameter name, as the last step used them.
         split_dimension: by global parameter name, the dimension that tensor parallelism cuts; None = whole.
-        decisions: of the first step.
+        decisions: of the watched step.
     """
 
     tensor_rank: int = 0
     steps: list[dict[str, float]] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
     split_dimension: dict[str, int | None] = field(default_factory=dict)
     decisions: list[Decisions] = field(default_factory=list)
 
 
-def train(argv: list[str]) -> Record:
-    """Run one stage through the product's own entry and record it."""
+def train(argv: list[str], watched: int = 0) -> Record:
+    """Run one stage through the product's own entry and record it.
+
+    Args:
+        argv: flags of ``megatron-dmc train``.
+        watched: number of the step, 0 = the first of this run, whose gradients and decisions are kept.
+    """
     record = Record()
     _record_steps(record)
-    record_gradients(record)
-    _record_decisions(record)
+    record_gradients(record, watched)
+    _record_decisions(record, watched)
     pretrain.train(argv)
     return record
 
@@ -93,25 +101,28 @@ def _record_steps(record: Record) -> None:
     metrics.StepRecorder.__call__ = recorded
 
 
-def record_gradients(record: Record) -> None:
-    """Keep the gradients of the next step, after all reductions and before the optimizer."""
+def record_gradients(record: Record, watched: int = 0) -> None:
+    """Keep gradients after all reductions and before the optimizer, and weights before every step."""
     from megatron.core import parallel_state
     from megatron.training import training
 
     finalize = training.finalize_model_grads
+    steps = itertools.count()
 
     def recorded(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize(chunks, *args, **kwargs)
-        if record.gradients:
-            return
+        step = next(steps)
         record.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         for chunk in chunks:
-            _gather_shards(chunk)
+            if step == watched:
+                _gather_shards(chunk)
             for name, parameter in chunk.named_parameters():
                 name = _global_name(name, chunk)
-                record.gradients[name] = parameter.main_grad.float().numpy().copy()
                 is_split = getattr(parameter, "tensor_model_parallel", False)
                 record.split_dimension[name] = parameter.partition_dim if is_split else None
+                record.weights[name] = parameter.detach().float().numpy().copy()
+                if step == watched:
+                    record.gradients[name] = parameter.main_grad.float().numpy().copy()
 
     training.finalize_model_grads = recorded
 
@@ -139,7 +150,7 @@ def _global_name(name: str, chunk: Any) -> str:
     return name
 
 
-def _record_decisions(record: Record) -> None:
+def _record_decisions(record: Record, watched: int) -> None:
     draw_noise, fraction = attention.logistic_noise, attention.dmc.decision_fraction
     latest: dict[str, Any] = {}
 
@@ -152,7 +163,7 @@ def _record_decisions(record: Record) -> None:
         if noise_SBG is not None:
             assert noise_SBG is latest["noise"]
             first_step = latest.setdefault("first step", latest["step"])
-            if latest["step"] == first_step:
+            if latest["step"] == first_step + watched:
                 layer, *coordinates = latest["coordinates"]
                 tensors = [*coordinates, logits_SBG.detach().float(), noise_SBG]
                 record.decisions.append(Decisions(layer, *(tensor.numpy().copy() for tensor in tensors)))

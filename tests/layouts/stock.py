@@ -45,7 +45,7 @@ def train_stock(argv: list[str]) -> OffRecord:
     probe.record_gradients(record.run)
     sys.argv = [sys.argv[0], *_without_our_flags(completed)]
     args = parse_and_validate_args()
-    args.dmc_total_samples = None
+    args.dmc_total_samples, args.dmc_first_sample = None, 0
     engine(
         cfg_container=pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
         train_valid_test_dataset_provider=build_data_sets,

@@ -23,12 +23,14 @@ class WholeRun:
 
     Attributes:
         steps: logged values of every step.
-        gradients: by parameter name, of the first step.
-        logits, noise: by (layer, sequence), [S, G], of the first step.
+        gradients: by parameter name, of the watched step.
+        weights: by parameter name, as the last step used them.
+        logits, noise: by (layer, sequence), [S, G], of the watched step.
     """
 
     steps: list[dict[str, float]]
     gradients: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
     logits: dict[tuple[int, int], np.ndarray]
     noise: dict[tuple[int, int], np.ndarray]
 
@@ -36,37 +38,46 @@ class WholeRun:
         """One logged value over all steps."""
         return np.array([step[name] for step in self.steps])
 
-    def accumulated(self, temperature_free: bool = True) -> dict[tuple[int, int], np.ndarray]:
-        """Decisions of the first step, bool [S, G]."""
-        return {key: self.logits[key] + self.noise[key] > 0 for key in self.logits}
+    def accumulated_fractions(self) -> np.ndarray:
+        """Share of accumulating decisions of each sequence in the watched step, over all layers."""
+        sequences = sorted({sequence for _, sequence in self.logits})
+        decisions = {key: self.logits[key] + self.noise[key] > 0 for key in self.logits}
+        layers = {layer for layer, _ in self.logits}
+        return np.array([np.mean([decisions[layer, sequence] for layer in layers]) for sequence in sequences])
 
 
 def assemble(records: list[Record], vocab_size: int) -> WholeRun:
     """Put the records of all ranks together; replicas must agree."""
     steps = next(record.steps for record in records if record.steps)
-    names = {name for record in records for name in record.gradients}
-    gradients = {name: _assemble_gradient(name, records, vocab_size) for name in sorted(names)}
+    splits = {name: split for record in records for name, split in record.split_dimension.items()}
+    gradients, weights = (
+        {name: _assemble_tensor(name, splits[name], _parts(name, kind, records), vocab_size) for name in sorted(splits)}
+        for kind in ("gradients", "weights")
+    )
     logits, noise = _assemble_decisions(records)
-    return WholeRun(steps, gradients, logits, noise)
+    return WholeRun(steps, gradients, weights, logits, noise)
 
 
-def _assemble_gradient(name: str, records: list[Record], vocab_size: int) -> np.ndarray:
+def _parts(name: str, kind: str, records: list[Record]) -> list[np.ndarray]:
+    """What each tensor-parallel rank holds of a tensor; ranks that hold the same must agree."""
     parts: dict[int, np.ndarray] = {}
     for record in records:
-        if name not in record.gradients:
+        mine = getattr(record, kind).get(name)
+        if mine is None:
             continue
-        split = record.split_dimension[name]
-        rank = record.tensor_rank if split is not None else 0
-        mine = record.gradients[name]
-        assert deviation(mine, parts.setdefault(rank, mine)) <= REPLICA_TOLERANCE, f"replicas of {name} differ"
-    ordered = [parts[rank] for rank in sorted(parts)]
+        rank = record.tensor_rank if record.split_dimension[name] is not None else 0
+        assert deviation(mine, parts.setdefault(rank, mine)) <= REPLICA_TOLERANCE, f"{kind} of {name}: replicas differ"
+    return [parts[rank] for rank in sorted(parts)]
+
+
+def _assemble_tensor(name: str, split: int | None, parts: list[np.ndarray], vocab_size: int) -> np.ndarray:
     if split is None:
-        return ordered[0]
+        return parts[0]
     if name.endswith("linear_fc1.weight"):
         # Each rank holds its gate rows, then its up rows.
-        halves = [np.split(part, 2) for part in ordered]
+        halves = [np.split(part, 2) for part in parts]
         return np.concatenate([half[side] for side in (0, 1) for half in halves])
-    whole = np.concatenate(ordered, axis=split)
+    whole = np.concatenate(parts, axis=split)
     return whole[:vocab_size] if name.startswith(("embedding.", "output_layer.")) else whole
 
 

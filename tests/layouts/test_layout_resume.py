@@ -1,0 +1,42 @@
+"""N + M steps are one run, in the same layout and in another: weights, optimizer, noise and data go on."""
+
+import pytest
+
+from tests.layouts.agreement import assert_agree
+from tests.layouts.cases import CONTEXT, DISTRIBUTED_OPTIMIZER, OVERLAP, PIPELINE, TENSOR, WHOLE_SEGMENT, Layout
+from tests.layouts.whole_run import deviation
+
+STEPS, SAVED = 6, 3
+
+WEIGHTS = 1e-6
+"""Relative to the weights: after a resume the optimizer goes on, while a lost state moves them by 1e-4."""
+
+RESHARDABLE = (*DISTRIBUTED_OPTIMIZER, "--dist-ckpt-optim-fully-reshardable")
+
+ALONE = Layout(1)
+QUICK = {
+    "one_rank_to_tp2_pp2": (ALONE, Layout(4, (*TENSOR, *PIPELINE))),
+    "dp2_reshardable_to_tp2": (Layout(2, RESHARDABLE), Layout(2, (*RESHARDABLE, *TENSOR))),
+}
+SLOW = {
+    "one_rank": (ALONE, ALONE),
+    "tp2_pp2_to_cp2": (Layout(4, (*TENSOR, *PIPELINE)), Layout(2, CONTEXT)),
+    "dp2_distributed_optimizer": (Layout(2, OVERLAP), Layout(2, OVERLAP)),
+    "dp2_pp2_distributed_optimizer": (Layout(4, (*OVERLAP, *PIPELINE)), Layout(4, (*OVERLAP, *PIPELINE))),
+    "dp2_pp2_reshardable_to_one_rank": (Layout(4, (*RESHARDABLE, *PIPELINE)), Layout(1, RESHARDABLE)),
+}
+
+
+@pytest.mark.parametrize("change", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_layout_resume(laboratory, change):
+    before, after = (QUICK | SLOW)[change]
+    save = laboratory.path(f"resume_{change}")
+    flags = {"train_iters": STEPS, "save": save}
+    whole = laboratory.train(WHOLE_SEGMENT, 1, watched=SAVED, train_iters=STEPS)
+    laboratory.train(WHOLE_SEGMENT, before.ranks, before.switches, exit_interval=SAVED, **flags)
+    resumed = laboratory.train(WHOLE_SEGMENT, after.ranks, after.switches, **flags)
+    assert len(resumed.steps) == STEPS - SAVED
+    whole.steps = whole.steps[SAVED:]
+    assert_agree(resumed, whole)
+    for name, expected in whole.weights.items():
+        assert deviation(resumed.weights[name], expected) <= WEIGHTS, name
