@@ -23,7 +23,7 @@ def pooling_inputs(length: int, num_kv_heads: int, head_dim: int, dtype: torch.d
     alpha[:, 2] = 0
     alpha[:, 3] = 1
     alpha[0] = 0
-    return [k, v, alpha.to(dtype), (torch.rand(k.shape[:-1]) + 0.01).to(dtype)]
+    return [k, v, alpha.to(dtype), (torch.rand(k.shape[:-1]) + 0.1).to(dtype)]
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 12, 16])

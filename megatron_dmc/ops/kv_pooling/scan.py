@@ -33,10 +33,16 @@ def gated_scan(decay_SBG: Tensor, gain_SBG: Tensor | None, x_SBGD: Tensor, rever
     state = torch.zeros_like(y_SBGD[0])
     parts = [(slice(0, whole), block), (slice(whole, length), length - whole)]
     for part, block in reversed(parts) if reverse else parts:
-        if block and part.stop > part.start:
-            views = [None if t is None else t[part].unflatten(0, (-1, block)) for t in (decay_SBG, gain_SBG, x_SBGD)]
-            state = _scan_blocks(*views, y_SBGD[part].unflatten(0, (-1, block)), state, reverse)
+        if part.stop > part.start:
+            decay, x, y = (_blocks(t, part, block) for t in (decay_SBG, x_SBGD, y_SBGD))
+            gain = None if gain_SBG is None else _blocks(gain_SBG, part, block)
+            state = _scan_blocks(decay, gain, x, y, state, reverse)
     return y_SBGD
+
+
+def _blocks(x: Tensor, part: slice, block: int) -> Tensor:
+    """A view [blocks, block, ...] of some positions."""
+    return x[part].unflatten(0, (-1, block))
 
 
 def block_size(length: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_dmc.ops.kv_pooling.dispatch import scans
@@ -45,7 +46,7 @@ def pool_backward(
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Gradients of each of ``xs_SBGD``, of alpha and of omega, from the means and their gradients."""
     z, gate, decay = gates(alpha_SBG, omega_SBG)
-    grad_xs, grad_gate = [], 0.0
+    grad_xs, grad_gate = [], torch.zeros_like(gate)
     for x, mean, grad in zip(xs_SBGD, means_SBGD, grads_SBGD, strict=True):
         grad_x, along_gate, _ = scans(x).gated_scan_backward(decay, gate, x, mean, grad)
         grad_xs.append(grad_x)

@@ -97,6 +97,7 @@ def _add_piece(
     totals: list[Tensor],
 ) -> None:
     """Add the gradients that come through one piece to ``totals``, which are made when they are empty."""
+    assert operands is not None
     q, k, v = (_oriented(piece, x) for x in _select(piece, operands))
     seen = (piece.rows, slice(None), piece.queries)
     # Far operands may have more channels than the output: zeros, from which no gradient comes.
