@@ -6,6 +6,7 @@ MASTER_PORT set. ``JOBS.json``: ``{"tensor": T, "pipeline": P, "jobs": [{"checkp
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -136,13 +137,14 @@ def main() -> None:
     for job in work["jobs"]:
         settings = read_megatron_settings(job["checkpoint"])
         rank = parallel_state.get_pipeline_model_parallel_rank()
-        model = build_model(settings.llama, settings.args["padded_vocab_size"], rank, work["pipeline"])
-        model.to(getattr(torch, settings.llama.dtype)).eval()
+        # Float32 whatever is stored: Megatron casts when it loads, and rounding does not hide a wrong layout.
+        llama = dataclasses.replace(settings.llama, dtype="float32")
+        model = build_model(llama, settings.args["padded_vocab_size"], rank, work["pipeline"]).eval()
         load_weights(model, Path(job["checkpoint"]))
         with torch.no_grad():
             logits = logits_of(model, torch.tensor(job["tokens"]))
         if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
-            torch.save(logits[..., : settings.llama.vocab_size].float(), job["logits"])
+            torch.save(logits[..., : llama.vocab_size], job["logits"])
     torch.distributed.destroy_process_group()
 
 
