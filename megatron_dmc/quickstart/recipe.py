@@ -14,8 +14,8 @@ from megatron_dmc.training.arguments import llama_flags
 SMALL_LLAMA = LlamaConfig(
     hidden_size=128,
     num_layers=4,
-    num_attention_heads=4,
-    num_kv_heads=2,
+    num_attention_heads=8,
+    num_kv_heads=4,
     head_dim=32,
     ffn_hidden_size=384,
     vocab_size=1024,
@@ -57,7 +57,7 @@ class Recipe:
     zero_out: Training = Training(60, 1e-3, 1e-3)
     retrofit: Training = Training(1100, 1e-3, 1e-3)
     consolidate: Training = Training(900, 1e-3, 1e-4, "cosine")
-    dmc: DMCConfig = field(default_factory=lambda: DMCConfig(loss_weight=1.5))
+    dmc: DMCConfig = field(default_factory=lambda: DMCConfig(loss_weight=1.0))
     seq_length: int = 256
     micro_batch_size: int | None = None
     eval_sequences: int = 512
