@@ -10,16 +10,16 @@ from megatron_dmc.report.metrics import Curve, smoothed
 MODEL_NAMES = {"base": "base", "control": "control, no compression", "dmc": "DMC"}
 
 
-def training_title(facts: RunFacts) -> str:
-    """The end of training in one line."""
+def training_findings(facts: RunFacts) -> list[str]:
+    """The end of training, in at most two sentences."""
     retrofit, control = facts.retrofit, facts.control
     parts = []
     ratio = _last(retrofit, "measured_cr")
     if ratio is not None:
         target = f" (target {facts.target_cr:g})" if facts.target_cr is not None else ""
-        parts.append(f"The cache shrinks {ratio:.1f}-fold{target}")
+        parts.append(f"The cache shrinks {ratio:.1f}-fold in training{target}.")
     parts += _loss_against_control(retrofit, control)
-    return "; ".join(parts) or "Training has not compressed yet"
+    return parts or ["Training has not compressed yet."]
 
 
 def _loss_against_control(retrofit: Curve, control: Curve | None) -> list[str]:
@@ -30,7 +30,8 @@ def _loss_against_control(retrofit: Curve, control: Curve | None) -> list[str]:
     ours, theirs = (_at(curve, "lm_loss", shared) for curve in (retrofit, control))
     if ours is None or theirs is None:
         return []
-    return [f"after {shared} steps the LM loss is {ours - theirs:+.3f} nats from the control's"]
+    side = "above" if ours >= theirs else "below"
+    return [f"After {shared} steps the LM loss is {abs(ours - theirs):.3f} nats {side} the control's."]
 
 
 def heat_map_title(ratios_LG: Sequence[Sequence[float]]) -> str:

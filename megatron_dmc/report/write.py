@@ -51,7 +51,9 @@ def _draw(facts: RunFacts, output: Path, prefix: str) -> list[str]:
     drawn = []
     if facts.retrofit.steps:
         drawn.append(f"{prefix}training.png")
-        figures.training_figure(output / drawn[-1], words.training_title(facts), facts.retrofit, facts.control)
+        figures.training_figure(
+            output / drawn[-1], "\n".join(words.training_findings(facts)), facts.retrofit, facts.control
+        )
     decode = facts.evaluations.get("dmc", {}).get("decode")
     if decode is not None:
         ratios_LG = decode["compression_ratio_per_layer_and_kv_head"]
@@ -67,7 +69,7 @@ def _draw(facts: RunFacts, output: Path, prefix: str) -> list[str]:
 
 
 def _section(facts: RunFacts, pictures: Sequence[str]) -> list[str]:
-    lines = [f"# {facts.name}", "", f"{words.training_title(facts)}.", ""]
+    lines = [f"# {facts.name}", "", " ".join(words.training_findings(facts)), ""]
     checks = [(finding.name, MARKS[finding.status], finding.detail) for finding in facts.quality]
     lines += [*words.table(("what must hold", "", "found"), checks), ""]
     if facts.evaluations:

@@ -8,7 +8,7 @@ from megatron_dmc.cli import main
 from megatron_dmc.report.collect import collect
 from megatron_dmc.report.metrics import join, read_stages, smoothed
 from megatron_dmc.report.quality import quality
-from megatron_dmc.report.words import cache_title, heat_map_title, table, training_title
+from megatron_dmc.report.words import cache_title, heat_map_title, table, training_findings
 
 
 def line(step, stage, first_sample=0, **values):
@@ -124,9 +124,10 @@ def test_stages_follow_one_another(run):
 
 
 def test_titles_say_what_was_found(run):
-    assert training_title(collect(run)) == (
-        "The cache shrinks 3.9-fold (target 4); after 13 steps the LM loss is +0.000 nats from the control's"
-    )
+    assert training_findings(collect(run)) == [
+        "The cache shrinks 3.9-fold in training (target 4).",
+        "After 13 steps the LM loss is 0.000 nats above the control's.",
+    ]
     assert heat_map_title([[1.0, 2.0], [3.0, 12.5]]).startswith("Most compressed: layer 1, KV head 1 (12.5 tokens")
     assert cache_title(128, 40.0) == "After 128 tokens the cache holds 40 entries instead of 128: 3.2 times fewer"
 
