@@ -81,7 +81,7 @@ class Recipe:
 
     def with_batch_size(self, batch_size: int) -> Recipe:
         """The same recipe with ``batch_size`` sequences per step in every stage."""
-        stages = {name: dataclasses.replace(self.stage(name), batch_size=batch_size) for name in STAGES}
+        stages: dict[str, Any] = {name: dataclasses.replace(self.stage(name), batch_size=batch_size) for name in STAGES}
         return dataclasses.replace(self, **stages)
 
     def stage(self, name: str) -> Training:
