@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from checkpoints_convert.source import Source
 from checkpoints_convert.streams import HashedFile
 from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
+from megatron_dmc.checkpoint.torch_file import tensor_memory
 from megatron_dmc.files import new_directory, write_json, write_text
 from megatron_dmc.llama import LlamaConfig, to_hf_config
 
@@ -119,8 +119,7 @@ def write_weights(
             for name, shape in shard.tensors:
                 given, tensor = next(tensors)
                 assert (given, tuple(tensor.shape), tensor.dtype) == (name, shape, dtype)
-                tensor = tensor.contiguous()
-                stream.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+                stream.write(tensor_memory(tensor.contiguous()))
                 weight_map[name] = shard.file_name
                 total += tensor.nbytes
                 del tensor

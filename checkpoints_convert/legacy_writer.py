@@ -6,7 +6,6 @@ where the file expects them. So no rank is ever held in memory.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.param_map import EMBEDDING_ROW, EXTRA_STATE_MODULES, OUTPUT_LAYER, Entry, entries
 from checkpoints_convert.progress import Progress
 from megatron_dmc.checkpoint.legacy import FILE_NAME, LOCAL_SPEC_NAMES, rank_directory
-from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file
+from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file, tensor_memory
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
 
@@ -144,7 +143,7 @@ def _add_extra_states(state: dict[str, Any]) -> None:
 
 def _fill(stored: StoredTensor, tensor: Tensor) -> None:
     assert (stored.shape, stored.dtype) == (tuple(tensor.shape), tensor.dtype)
-    view = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+    view = tensor_memory(tensor)
     descriptor = os.open(stored.path, os.O_WRONLY)
     try:
         done = 0

@@ -59,15 +59,16 @@ def write_torch_dist(
     Returns:
         SHA-256 by file name, of the files that were hashed while they were written.
     """
-    planner = _StreamingPlanner(shape, _objects(shape, arguments), read)
+    files = _HashingFileSystem(progress)
+    planner = _StreamingPlanner(shape, _objects(shape, arguments), read, files.wait)
     writer = _Writer(directory, sync_files=False)
-    writer.fs = _HashingFileSystem(progress)
+    writer.fs = files
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save({}, storage_writer=writer, planner=planner, no_dist=True)
     planner.release()
     write_text(directory / "metadata.json", '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
-    return writer.fs.sha256
+    return files.sha256
 
 
 def _objects(shape: MegatronShape, arguments: dict[str, Any]) -> dict[str, bytes]:
@@ -96,11 +97,18 @@ def _saved(value: Any) -> bytes:
 class _StreamingPlanner(DefaultSavePlanner):
     """Plans from shapes, and builds each tensor when it is written."""
 
-    def __init__(self, shape: MegatronShape, objects: dict[str, bytes], read: Callable[[Entry], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        shape: MegatronShape,
+        objects: dict[str, bytes],
+        read: Callable[[Entry], torch.Tensor],
+        wait_until_hashed: Callable[[], None],
+    ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._shape = shape
         self._objects = objects
         self._read = read
+        self._wait_until_hashed = wait_until_hashed
         self._entries = {_index(entry, shape): entry for entry in entries(shape.llama)}
         self._written: torch.Tensor | None = None
 
@@ -125,9 +133,9 @@ class _StreamingPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self._objects[write_item.index.fqn])
-        self.release()
         entry = self._entries[write_item.index]
         tensor = self._read(entry)
+        self.release()
         assert tuple(tensor.shape) == entry.megatron_shape(self._shape)
         self._written = tensor if entry.layer is None else tensor.unsqueeze(0)
         return self._written
@@ -135,6 +143,7 @@ class _StreamingPlanner(DefaultSavePlanner):
     def release(self) -> None:
         """Free the tensor that was written last: torch's writer would keep one of every name."""
         if self._written is not None:
+            self._wait_until_hashed()
             self._written.untyped_storage().resize_(0)
             self._written = None
 
@@ -157,6 +166,12 @@ class _HashingFileSystem(FileSystem):
     def __init__(self, progress: Progress | None) -> None:
         self.sha256: dict[str, str] = {}
         self._progress = progress
+        self._open: HashedFile | None = None
+
+    def wait(self) -> None:
+        """Until what was written to the open data file is hashed."""
+        if self._open is not None:
+            self._open.wait()
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
@@ -165,5 +180,7 @@ class _HashingFileSystem(FileSystem):
                 yield stream
             return
         with HashedFile(Path(path), self._progress) as stream:
+            self._open = stream
             yield stream
+        self._open = None
         self.sha256[Path(path).name] = stream.sha256()

@@ -74,8 +74,7 @@ def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, .
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel() == 0:
         return tensor
-    # Not through numpy: that would pin the storage, and a converter wants to free it early.
-    view = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+    view = tensor_memory(tensor)
     with open(path, "rb", buffering=0) as stream:
         stream.seek(offset)
         done = 0
@@ -86,6 +85,16 @@ def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, .
             done += count
         os.posix_fadvise(stream.fileno(), offset, done, os.POSIX_FADV_DONTNEED)
     return tensor
+
+
+def tensor_memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, in place; the tensor lives as long as the view.
+
+    Not through numpy, which would pin the storage: a converter wants to free it early.
+    """
+    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    array.tensor = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
 
 
 def read_torch_file(path: Path, names: Mapping[str, Callable[..., Any] | None] = ALLOWED) -> Any:
