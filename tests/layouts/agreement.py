@@ -61,10 +61,10 @@ def assert_telling(run: WholeRun, target_cr: float) -> None:
     logits = np.stack(list(run.logits.values()))
     assert 0.2 < (logits > 0).mean() < 0.8
     fractions = run.accumulated_fractions()
-    margin = 2 / (logits[0].size * len(logits) / len(fractions))
+    half_a_decision = 0.5 * len(fractions) / logits.size
     target = 1 - 1 / target_cr
-    assert (fractions < target - margin).sum() >= 2, fractions
-    assert (fractions > target + margin).sum() >= 2, fractions
+    assert (fractions < target - half_a_decision).sum() >= 2, fractions
+    assert (fractions > target + half_a_decision).sum() >= 2, fractions
 
 
 def _different_decisions(found: WholeRun, expected: WholeRun, key: tuple[int, int]) -> int:

@@ -12,9 +12,12 @@ from tests.layouts.cases import (
     MULTI_HEAD,
     MULTI_QUERY,
     PER_LAYER,
+    RETROFIT,
     TIED,
     WHOLE_SEGMENT,
     WINDOW,
+    ZERO_OUT,
+    ZERO_OUT_DOCUMENTS,
 )
 from tests.layouts.laboratory import TARGET_CR
 
@@ -67,3 +70,18 @@ def test_layout_agrees_for_every_model(laboratory, model, layout):
     reference = laboratory.reference(variant, STEPS)
     assert_telling(reference, TARGET_CR)
     assert_agree(run, reference)
+
+
+def test_layout_agrees_in_zero_out(laboratory):
+    where = LAYOUTS["cp2_tp2_sp"]
+    run = laboratory.train(ZERO_OUT, where.ranks, where.switches, train_iters=QUICK_STEPS)
+    assert_agree(run, laboratory.reference(ZERO_OUT, QUICK_STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [ZERO_OUT, ZERO_OUT_DOCUMENTS, RETROFIT], ids=["zero_out", "documents", "retrofit"])
+@pytest.mark.parametrize("layout", ["tp2_sp_pp2_vp2", "cp2_pp2", "dp2_distributed_optimizer", "recompute_uniform"])
+def test_layout_agrees_in_other_stages(laboratory, variant, layout):
+    where = LAYOUTS[layout]
+    run = laboratory.train(variant, where.ranks, where.switches, train_iters=STEPS)
+    assert_agree(run, laboratory.reference(variant, STEPS))

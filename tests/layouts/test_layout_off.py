@@ -17,7 +17,7 @@ def runs(laboratory):
     made = {}
     for name, function in (("ours", stock.train_off), ("stock", stock.train_stock)):
         save = laboratory.path(f"off_{name}")
-        argv = laboratory.arguments(OFF, train_iters=STEPS, save=save)
+        argv = laboratory.arguments(OFF, train_iters=STEPS, save=save, dmc_total_samples=None)
         made[name] = run_ranks(function, 1, laboratory.path(f"off_{name}_logs"), argv)[0], save
     return made
 
