@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SLICE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+SLICE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements per slice of element-wise work: temporaries stay in the cache of a CPU, launches few on a GPU."""
 
 
@@ -14,9 +14,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_slices(x: Tensor, num_rows: int | None = None) -> Iterator[slice]:
-    """Slices of the first dimension of ``x``, or of ``num_rows`` rows as large as those of ``x``."""
-    total = x.shape[0] if num_rows is None else num_rows
-    rows = max(1, SLICE_ELEMENTS.get(x.device.type, SLICE_ELEMENTS["cuda"]) // max(1, x[0].numel()))
-    for start in range(0, total, rows):
-        yield slice(start, min(start + rows, total))
+def row_slices(x: Tensor, dim: int = 0) -> Iterator[slice]:
+    """Slices of dimension ``dim`` of ``x`` for element-wise work."""
+    rows = max(1, SLICE_ELEMENTS.get(x.device.type, SLICE_ELEMENTS["cuda"]) * x.shape[dim] // max(1, x.numel()))
+    for start in range(0, x.shape[dim], rows):
+        yield slice(start, min(start + rows, x.shape[dim]))

@@ -134,21 +134,22 @@ def gated_scan(decay_SBG: Tensor, gain_SBG: Tensor | None, x_SBGD: Tensor, rever
     length, batch, num_heads, num_channels = x_SBGD.shape
     y_SBGD = torch.empty(x_SBGD.shape, dtype=torch.float32, device=x_SBGD.device)
     gain = decay_SBG if gain_SBG is None else gain_SBG
-    _scan_kernel[_grid(x_SBGD)](
-        decay_SBG.contiguous(),
-        gain.contiguous(),
-        x_SBGD,
-        y_SBGD,
-        length,
-        num_channels,
-        batch,
-        num_heads,
-        *x_SBGD.stride()[:3],
-        REVERSE=reverse,
-        HAS_GAIN=gain_SBG is not None,
-        BLOCK_S=BLOCK_S,
-        BLOCK_D=_block_d(num_channels),
-    )
+    with torch.cuda.device_of(x_SBGD):
+        _scan_kernel[_grid(x_SBGD)](
+            decay_SBG.contiguous(),
+            gain.contiguous(),
+            x_SBGD,
+            y_SBGD,
+            length,
+            num_channels,
+            batch,
+            num_heads,
+            *x_SBGD.stride()[:3],
+            REVERSE=reverse,
+            HAS_GAIN=gain_SBG is not None,
+            BLOCK_S=BLOCK_S,
+            BLOCK_D=_block_d(num_channels),
+        )
     return y_SBGD
 
 
@@ -163,25 +164,26 @@ def gated_scan_backward(
     along_gate, along_decay = (
         torch.empty((grid[1], *gain_SBG.shape), dtype=torch.float32, device=x_SBGD.device) for _ in range(2)
     )
-    _scan_backward_kernel[grid](
-        decay_SBG.contiguous(),
-        gain_SBG.contiguous(),
-        x_SBGD,
-        y_SBGD.contiguous(),
-        grad_SBGD,
-        grad_x_SBGD,
-        along_gate,
-        along_decay,
-        length,
-        num_channels,
-        batch,
-        num_heads,
-        *x_SBGD.stride()[:3],
-        *grad_SBGD.stride()[:3],
-        REVERSE=reverse,
-        BLOCK_S=BLOCK_S,
-        BLOCK_D=_block_d(num_channels),
-    )
+    with torch.cuda.device_of(x_SBGD):
+        _scan_backward_kernel[grid](
+            decay_SBG.contiguous(),
+            gain_SBG.contiguous(),
+            x_SBGD,
+            y_SBGD.contiguous(),
+            grad_SBGD,
+            grad_x_SBGD,
+            along_gate,
+            along_decay,
+            length,
+            num_channels,
+            batch,
+            num_heads,
+            *x_SBGD.stride()[:3],
+            *grad_SBGD.stride()[:3],
+            REVERSE=reverse,
+            BLOCK_S=BLOCK_S,
+            BLOCK_D=_block_d(num_channels),
+        )
     return grad_x_SBGD, along_gate.sum(0), along_decay.sum(0)
 
 

@@ -1,20 +1,23 @@
-"""The gated scan y_t = decay_t y_{t-1} + gain_t x_t, and its backward, as a two-level blocked scan.
+"""The gated scan y_t = decay_t y_{t-1} + gain_t x_t, and its backward, as a blocked scan.
 
-Level one runs all blocks side by side, level two carries the state from block to block: linear time and memory,
-about twice sqrt(S) vector operations instead of S. Sums are float32 (float64 for float64 inputs).
+All blocks run side by side from state zero; the states between blocks are the same scan over the ends of the blocks,
+and are added last: linear time and memory, about 2 BLOCK log(S) / log(BLOCK) operations on many positions at once
+instead of S on one. Sums are float32 (float64 for float64 inputs).
 
 Shapes: S sequence, B batch, G KV heads, D channels.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.precision import accumulation_dtype
+from megatron_dmc.ops.precision import accumulation_dtype, row_slices
 
-DOT_ROWS = 512
-"""Positions per slice of a dot product over channels, so that the product needs little memory."""
+BLOCK = 16
+"""Positions per block: fewer make more levels, more make longer chains of smaller operations."""
 
 
 def gated_scan(decay_SBG: Tensor, gain_SBG: Tensor | None, x_SBGD: Tensor, reverse: bool = False) -> Tensor:
@@ -27,36 +30,33 @@ def gated_scan(decay_SBG: Tensor, gain_SBG: Tensor | None, x_SBGD: Tensor, rever
         reverse: run from the end: y_t = decay_t y_{t+1} + gain_t x_t.
     """
     y_SBGD = torch.empty(x_SBGD.shape, dtype=accumulation_dtype(x_SBGD.dtype), device=x_SBGD.device)
-    length = x_SBGD.shape[0]
-    block = block_size(length)
-    whole = length - length % block
-    state = torch.zeros_like(y_SBGD[0])
-    parts = [(slice(0, whole), block), (slice(whole, length), length - whole)]
-    for part, block in reversed(parts) if reverse else parts:
-        if part.stop > part.start:
-            decay, x, y = (_blocks(t, part, block) for t in (decay_SBG, x_SBGD, y_SBGD))
-            gain = None if gain_SBG is None else _blocks(gain_SBG, part, block)
-            state = _scan_blocks(decay, gain, x, y, state, reverse)
+    _scan(decay_SBG, gain_SBG, x_SBGD, y_SBGD, torch.zeros_like(y_SBGD[0]), reverse)
     return y_SBGD
 
 
-def _blocks(x: Tensor, part: slice, block: int) -> Tensor:
-    """A view [blocks, block, ...] of some positions."""
+def _scan(decay: Tensor, gain: Tensor | None, x: Tensor, y: Tensor, state: Tensor, reverse: bool) -> Tensor:
+    """Fill ``y`` and return the state after the last position; ``state`` is that before the first."""
+    length = x.shape[0]
+    whole = length - length % BLOCK
+    parts = [(slice(0, whole), BLOCK), (slice(whole, length), length - whole)]
+    for part, block in reversed(parts) if reverse else parts:
+        if part.stop > part.start:
+            in_blocks = functools.partial(_in_blocks, part=part, block=block)
+            gain_blocks = None if gain is None else in_blocks(gain)
+            state = _scan_blocks(in_blocks(decay), gain_blocks, in_blocks(x), in_blocks(y), state, reverse)
+    return state
+
+
+def _in_blocks(x: Tensor, part: slice, block: int) -> Tensor:
     return x[part].unflatten(0, (-1, block))
 
 
-def block_size(length: int) -> int:
-    """Positions per block: the power of two next to sqrt(S), since both levels then take as many steps."""
-    return 1 << (length.bit_length() // 2)
-
-
 def _scan_blocks(decay: Tensor, gain: Tensor | None, x: Tensor, y: Tensor, state: Tensor, reverse: bool) -> Tensor:
-    """Fill ``y`` [blocks, block, B, G, D] and return the state after the last block; ``state`` enters the first."""
+    """The same for views [blocks, block, ...] in whole blocks."""
     num_blocks, block = x.shape[:2]
     steps = range(block)[::-1] if reverse else range(block)
     first, last = steps[0], steps[-1]
     reach = decay.flip(1).cumprod(1).flip(1) if reverse else decay.cumprod(1)
-    decay, reach = decay[..., None], reach[..., None]
     for now in steps:
         before = now + 1 if reverse else now - 1
         y_now, gained = y[:, now], x[:, now]
@@ -65,13 +65,16 @@ def _scan_blocks(decay: Tensor, gain: Tensor | None, x: Tensor, y: Tensor, state
         if now == first:
             y_now.copy_(gained)
         else:
-            torch.addcmul(gained.to(y.dtype), decay[:, now], y[:, before], out=y_now)
+            torch.addcmul(gained.to(y.dtype), decay[:, now, ..., None], y[:, before], out=y_now)
     entering = torch.empty_like(y[:, 0])
-    for b in range(num_blocks)[::-1] if reverse else range(num_blocks):
-        entering[b] = state
-        state = torch.addcmul(y[b, last], reach[b, last], state)
-    y.addcmul_(reach, entering[:, None])
-    return state
+    entering[-1 if reverse else 0] = state
+    if num_blocks > 1:
+        # The states between blocks are themselves a scan over the ends of the blocks.
+        ends = slice(1, None) if reverse else slice(0, -1)
+        left = slice(0, -1) if reverse else slice(1, None)
+        _scan(reach[ends, last], None, y[ends, last], entering[left], state, reverse)
+    y.addcmul_(reach[..., None], entering[:, None])
+    return y[0 if reverse else -1, last]
 
 
 def gated_scan_backward(
@@ -84,14 +87,13 @@ def gated_scan_backward(
         whose decay is 1 - gain, free of cancellation, and <u, y_before>, the gradient of the decay. Their sum is the
         gradient of a gain that is independent of the decay.
     """
-    u_SBGD = gated_scan(shift(decay_SBG, -1 if not reverse else 1), None, grad_SBGD, not reverse)
+    u_SBGD = gated_scan(shift(decay_SBG, 1 if reverse else -1), None, grad_SBGD, not reverse)
     along_gate = torch.empty_like(gain_SBG)
     along_decay = torch.empty_like(gain_SBG)
-    for start in range(0, x_SBGD.shape[0], DOT_ROWS):
-        rows = slice(start, start + DOT_ROWS)
+    for rows in row_slices(x_SBGD):
         u, before = u_SBGD[rows], _before(y_SBGD, rows, reverse)
+        along_gate[rows] = (x_SBGD[rows] - before).mul_(u).sum(-1)
         along_decay[rows] = (u * before).sum(-1)
-        along_gate[rows] = (u * (x_SBGD[rows] - before)).sum(-1)
     return u_SBGD.mul_(gain_SBG[..., None]), along_gate, along_decay
 
 

@@ -47,20 +47,25 @@ def _weights(alpha: Tensor, window: int) -> _Weights:
     return _Weights(starts, alpha.masked_fill(starts, 0.0), going_on, to_end, reach, bridge)
 
 
-def _window_sum(x: Tensor, omega: Tensor, w: _Weights, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums over each window, and the prefix and suffix sums they are made of."""
+def _parts(x: Tensor, omega: Tensor, w: _Weights) -> tuple[Tensor, Tensor]:
+    """Prefix and suffix sums of each block."""
     prefix = scans(x).gated_scan(w.inside, omega, x)
-    suffix = scans(x).gated_scan(w.going_on, w.to_end * omega, x, True)
-    total = prefix.clone()
-    total[window - 1 :].addcmul_(w.bridge[window - 1 :, ..., None], suffix[: max(0, x.shape[0] - window + 1)])
-    return total, prefix, suffix
+    return prefix, scans(x).gated_scan(w.going_on, w.to_end * omega, x, True)
+
+
+def _window_sum(x: Tensor, omega: Tensor, w: _Weights, window: int) -> Tensor:
+    """Weighted sums over each window."""
+    total, suffix = _parts(x, omega, w)
+    lag = window - 1
+    total[lag:].addcmul_(w.bridge[lag:, ..., None], suffix[: max(0, x.shape[0] - lag)])
+    return total
 
 
 def pool(xs_SBGD: tuple[Tensor, ...], alpha_SBG: Tensor, omega_SBG: Tensor, window: int) -> tuple[Tensor, ...]:
     """Windowed means of each of ``xs_SBGD``, float32."""
     weights = _weights(alpha_SBG, window)
-    z = _window_sum(torch.ones_like(omega_SBG)[..., None], omega_SBG, weights, window)[0]
-    return tuple(_window_sum(x, omega_SBG, weights, window)[0].div_(z) for x in xs_SBGD)
+    z = _window_sum(torch.ones_like(omega_SBG)[..., None], omega_SBG, weights, window)
+    return tuple(_window_sum(x, omega_SBG, weights, window).div_(z) for x in xs_SBGD)
 
 
 def pool_backward(
@@ -74,7 +79,7 @@ def pool_backward(
     """Gradients of each of ``xs_SBGD``, of alpha and of omega, from the means and their gradients."""
     weights = _weights(alpha_SBG, window)
     ones = torch.ones_like(omega_SBG)[..., None]
-    z = _window_sum(ones, omega_SBG, weights, window)[0]
+    z = _window_sum(ones, omega_SBG, weights, window)
     sums = _WeightGradients(weights, omega_SBG, window)
     grad_z = torch.zeros_like(z)
     grad_xs = []
@@ -97,7 +102,7 @@ class _WeightGradients:
         """Gradient of ``x``, given the gradient of its window sums."""
         w, lag = self.weights, self.window - 1
         reached = max(0, x.shape[0] - lag)
-        _, prefix, suffix = _window_sum(x, self.omega, w, self.window)
+        prefix, suffix = _parts(x, self.omega, w)
         self.bridge[lag:] += (grad_total[lag:] * suffix[:reached]).sum(-1)
         grad_x, along_gate, along_decay = scans(x).gated_scan_backward(w.inside, self.omega, x, prefix, grad_total)
         self.inside += along_decay

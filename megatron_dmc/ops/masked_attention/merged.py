@@ -17,13 +17,10 @@ from torch import Tensor
 
 from megatron_dmc.ops.masked_attention.flash import kernel_for
 from megatron_dmc.ops.masked_attention.pieces import Piece, Shape
-from megatron_dmc.ops.precision import accumulation_dtype
+from megatron_dmc.ops.precision import accumulation_dtype, row_slices
 
 Operands = tuple[Tensor, Tensor, Tensor]
 """q [B, N, T, D], k and v [B, G, S, D], or their gradients."""
-
-OWN_ROWS_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements of queries per slice of the own-position terms: temporaries stay in the cache of a CPU."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,9 @@ def attend(plan: Plan, near: Operands, far: Operands | None = None) -> tuple[Ten
     """Merged output [B, N, T, D], stored as [T, B, N, D], and log-sum-exp [B, N, T]."""
     q, k, v = near
     batch, num_heads, num_queries, _ = q.shape
-    out = q.new_zeros(num_queries, batch, num_heads, v.shape[-1]).permute(1, 2, 0, 3)
+    # Own positions fill everything; without them the pieces are merged with nothing.
+    allocate = q.new_empty if plan.own_position else q.new_zeros
+    out = allocate(num_queries, batch, num_heads, v.shape[-1]).permute(1, 2, 0, 3)
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
     for queries, keys in _own_positions(plan, q):
         q_own, k_own, v_own = _own_operands(near, queries, keys)
@@ -145,14 +144,11 @@ def _own_positions(plan: Plan, q: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of queries and of their own positions in the sequence, small enough for cheap temporaries."""
     if not plan.own_position:
         return
-    batch, num_heads, num_queries, head_dim = q.shape
-    chunk_length = num_queries // len(plan.query_starts)
-    rows = max(1, OWN_ROWS_ELEMENTS.get(q.device.type, 1 << 24) // (batch * num_heads * head_dim))
+    chunk_length = q.shape[2] // len(plan.query_starts)
     for chunk, first in enumerate(plan.query_starts):
-        for begin in range(0, chunk_length, rows):
-            end = min(begin + rows, chunk_length)
-            shift = chunk * chunk_length
-            yield slice(shift + begin, shift + end), slice(first + begin, first + end)
+        begin = chunk * chunk_length
+        for rows in row_slices(q[:, :, begin : begin + chunk_length], dim=2):
+            yield slice(begin + rows.start, begin + rows.stop), slice(first + rows.start, first + rows.stop)
 
 
 def _own_operands(operands: Operands, queries: slice, keys: slice) -> Operands:
