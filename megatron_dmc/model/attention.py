@@ -101,15 +101,20 @@ class DMCCoreAttention(torch.nn.Module):
         noise_LBG = self._noise(microbatch, local, decision_LBG.shape[-1])
         fraction_BG = dmc.decision_fraction(decision_LBG, noise_LBG, settings)
         self._report(fraction_BG, k_LBGD, microbatch)
-        gathered = [self._gather(tensor) for tensor in (k_LBGD, v_LBGD, decision_LBG, importance_LBG)]
-        sequence_length = len(gathered[0])
+        k_SBGD, v_SBGD, decision_SBG, importance_SBG = (
+            self._gather(local_part) for local_part in (k_LBGD, v_LBGD, decision_LBG, importance_LBG)
+        )
+        sequence_length = len(k_SBGD)
         noise_SBG = noise_LBG
         if self.cp_group.size() > 1:
             everywhere = torch.arange(sequence_length, device=q_LBND.device)
             noise_SBG = self._noise(microbatch, everywhere, decision_LBG.shape[-1])
         output_LBND, _ = dmc.compressed_attention(
             q_LBND,
-            *gathered,
+            k_SBGD,
+            v_SBGD,
+            decision_SBG,
+            importance_SBG,
             settings,
             cos_sin_S=self._rotation(sequence_length, q_LBND.device),
             noise_SBG=noise_SBG,
