@@ -35,7 +35,7 @@ def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = Fa
     """
     assert not return_schedule_plan
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    batch = _next_batch(data_iterator, vp_stage)
+    batch = _next_batch(data_iterator, vp_stage, model.training)
     tokens, labels, mask = batch["tokens"], batch["labels"], batch["loss_mask"]
     config = get_attr_wrapped_model(model, "config")
     if config.dmc.stage == "off":
@@ -46,7 +46,7 @@ def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = Fa
     return output, functools.partial(_loss, mask, microbatch, config)
 
 
-def _next_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
+def _next_batch(data_iterator: Any, vp_stage: int | None, training: bool) -> dict[str, Any]:
     """The batch of this rank: read on one rank, broadcast over tensor parallelism, cut over context parallelism."""
     args = get_args()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -70,7 +70,7 @@ def _next_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
         create_attention_mask_in_dataloader=False,
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -115,7 +115,7 @@ def _sequence_ordinals(model: Any) -> Tensor:
     first = args.consumed_train_samples + args.micro_batch_size * (
         index * ranks + parallel_state.get_data_parallel_rank()
     )
-    return torch.arange(first, first + args.micro_batch_size, dtype=torch.int64)
+    return torch.arange(first, first + args.micro_batch_size, dtype=torch.int64, device=torch.cuda.current_device())
 
 
 def _documents(cu_seqlens: Tensor | None, sequence_length: int) -> list[list[int]] | None:

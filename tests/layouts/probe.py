@@ -37,6 +37,7 @@ class Record:
     Attributes:
         tensor_rank: rank within tensor parallelism.
         steps: per step the logged values; empty except on the last pipeline stage.
+        validations: per validation the logged values, likewise.
         gradients: by global parameter name, after all reductions, of the watched step.
         weights: by global parameter name, as the last step used them.
         split_dimension: by global parameter name, the dimension that tensor parallelism cuts; None = whole.
@@ -45,6 +46,7 @@ class Record:
 
     tensor_rank: int = 0
     steps: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, float]] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     split_dimension: dict[str, int | None] = field(default_factory=dict)
@@ -60,6 +62,7 @@ def train(argv: list[str], watched: int = 0) -> Record:
     """
     record = Record()
     _record_steps(record)
+    _record_validations(record)
     record_gradients(record, watched)
     _record_decisions(record, watched)
     pretrain.train(argv)
@@ -99,6 +102,20 @@ def _record_steps(record: Record) -> None:
         observe(self, logged)
 
     metrics.StepRecorder.__call__ = recorded
+
+
+def _record_validations(record: Record) -> None:
+    from megatron.training import training
+
+    evaluate = training.evaluate
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        answer = evaluate(*args, **kwargs)
+        if answer[0]:
+            record.validations.append({name: float(value) for name, value in answer[0].items()})
+        return answer
+
+    training.evaluate = recorded
 
 
 def record_gradients(record: Record, watched: int = 0) -> None:

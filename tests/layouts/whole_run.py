@@ -23,12 +23,14 @@ class WholeRun:
 
     Attributes:
         steps: logged values of every step.
+        validations: logged values of every validation.
         gradients: by parameter name, of the watched step.
         weights: by parameter name, as the last step used them.
         logits, noise: by (layer, sequence), [S, G], of the watched step.
     """
 
     steps: list[dict[str, float]]
+    validations: list[dict[str, float]]
     gradients: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
     logits: dict[tuple[int, int], np.ndarray]
@@ -48,14 +50,14 @@ class WholeRun:
 
 def assemble(records: list[Record], vocab_size: int) -> WholeRun:
     """Put the records of all ranks together; replicas must agree."""
-    steps = next(record.steps for record in records if record.steps)
+    logged = next(record for record in records if record.steps)
     splits = {name: split for record in records for name, split in record.split_dimension.items()}
     gradients, weights = (
         {name: _assemble_tensor(name, splits[name], _parts(name, kind, records), vocab_size) for name in sorted(splits)}
         for kind in ("gradients", "weights")
     )
     logits, noise = _assemble_decisions(records)
-    return WholeRun(steps, gradients, weights, logits, noise)
+    return WholeRun(logged.steps, logged.validations, gradients, weights, logits, noise)
 
 
 def _parts(name: str, kind: str, records: list[Record]) -> list[np.ndarray]:
