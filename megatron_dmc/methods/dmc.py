@@ -86,6 +86,7 @@ def compressed_attention(  # noqa: PLR0913
     Raises:
         ValueError: shapes, chunks or documents that do not fit together.
     """
+    _check_logits(k_SBGD, decision_logits_SBG, importance_logits_SBG, noise_SBG)
     plan = plan_attention(q_TBND, k_SBGD, free_window=0, query_starts=query_starts, documents=documents)
     weights, hard_SBG = decision_weights(decision_logits_SBG, importance_logits_SBG, noise_SBG, config, documents)
     weights = ops.Weights(*(x.expand(k_SBGD.shape[:-1]) for x in weights))
@@ -146,3 +147,16 @@ def first_positions(length: int, batch: int, documents: Sequence[Sequence[int]] 
     for row, starts in enumerate(documents or ()):
         first_SB[list(starts), row] = True
     return first_SB
+
+
+def _check_logits(k_SBGD: Tensor, decision_SBG: Tensor, importance_SBG: Tensor, noise_SBG: Tensor | None) -> None:
+    length, batch, num_kv_heads, _ = k_SBGD.shape
+    allowed = {(length, batch, num_kv_heads), (length, batch, 1)}
+    given = {"decision logits": decision_SBG, "importance logits": importance_SBG}
+    for name, logits in given.items():
+        if tuple(logits.shape) not in allowed:
+            raise ValueError(f"{name} {tuple(logits.shape)}: must be [S, B, G] like the keys, or [S, B, 1]: {allowed}")
+    if noise_SBG is not None and noise_SBG.shape != decision_SBG.shape:
+        raise ValueError(
+            f"noise {tuple(noise_SBG.shape)}: must be that of the decision logits {tuple(decision_SBG.shape)}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_dmc.config import DMCConfig
@@ -18,6 +20,7 @@ from megatron_dmc.methods import dmc
 from megatron_dmc.ops.cache_update.reference import decode
 from megatron_dmc.ops.compressed_attention.reference import compressed_attention as plain_attention
 from megatron_dmc.ops.decisions import hard_decisions, importance
+from megatron_dmc.ops.masked_attention import masked_attention
 from megatron_dmc.ops.rope import cos_sin, inverse_frequencies
 from tests.ops.comparison import assert_same
 
@@ -269,3 +272,49 @@ def test_wrong_documents_are_named_before_any_work() -> None:
     case.documents = [[0, 25], [0]]
     with pytest.raises(ValueError, match="stay below the sequence length 20"):
         case.fast(*case.inputs)
+
+
+def test_wrong_logits_are_named() -> None:
+    case = make_case(20)
+    q, k, v, decision, importance_logits = case.inputs
+    with pytest.raises(ValueError, match=r"decision logits \(19, 2, 2\): must be"):
+        case.fast(q, k, v, decision[1:], importance_logits)
+    with pytest.raises(ValueError, match=r"noise \(20, 2, 2\): must be that of the decision logits \(20, 2, 1\)"):
+        case.fast(q, k, v, decision[..., :1], importance_logits)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("window_size", [0, 12])
+def test_no_tensor_grows_with_the_square_of_the_length(window_size: int, hard: bool) -> None:
+    """Forward and backward, documents and chunks included, hold nothing larger than the queries."""
+    case = make_case(512, (2, 1), 16, window_size=window_size, hard=hard, dtype=torch.float32)
+    case.documents = [[0, 100], [0]]
+    case.query_starts = [0, 256]
+    leaves = [x.requires_grad_() for x in case.inputs]
+    with LargestTensor() as largest:
+        case.fast(*leaves).sum().backward()
+    assert leaves[1].grad is not None
+    assert leaves[0].numel() <= largest.elements < 2 * leaves[0].numel() < 512 * 512
+
+
+@pytest.mark.parametrize("free_window", [None, 16])
+def test_attention_alone_is_linear_in_memory_too(free_window: int | None) -> None:
+    q, k, v, key_bias, _ = make_case(512, (2, 1), 16, dtype=torch.float32).inputs
+    key_bias = -key_bias.abs()
+    with LargestTensor() as largest:
+        masked_attention(q.requires_grad_(), k, v, key_bias, free_window=free_window).sum().backward()
+    assert q.grad is not None
+    assert largest.elements < 2 * q.numel()

@@ -18,7 +18,7 @@ from megatron_dmc.ops.kv_pooling import pool_backward, pool_forward
 from megatron_dmc.ops.masked_attention import masked_attention
 from megatron_dmc.ops.masked_attention.bias import fold, unfold_gradient
 from megatron_dmc.ops.masked_attention.merged import Operands, Plan, attend, attend_backward
-from megatron_dmc.ops.masked_attention.reference import query_positions
+from megatron_dmc.ops.masked_attention.pieces import query_positions
 from megatron_dmc.ops.precision import accumulation_dtype
 from megatron_dmc.ops.rope import Rotation, faded_rotation, rotate
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_dmc.ops.compressed_attention import CosSin, Weights
 from megatron_dmc.ops.kv_pooling import reference as pooling
 from megatron_dmc.ops.masked_attention import reference as attention
+from megatron_dmc.ops.masked_attention.pieces import query_positions
 from megatron_dmc.ops.rope import apply_rope, without_last_channel
 
 
@@ -29,7 +30,7 @@ def compressed_attention(
     """The function of the same name in the package, with the geometry in place of a plan."""
     alpha, omega, key_bias = weights_SBG
     k_SBGD, v_SBGD = pooling.pool_kv(k_SBGD, v_SBGD, alpha, omega, window_size)
-    positions = attention.query_positions(q_TBND.shape[0], query_starts)
+    positions = query_positions(q_TBND.shape[0], query_starts)
     return attention.masked_attention(
         rotated(q_TBND, *(x[positions] for x in cos_sin_S)),
         rotated(k_SBGD, *cos_sin_S),

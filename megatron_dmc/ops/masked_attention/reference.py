@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.masked_attention.pieces import query_positions
 from megatron_dmc.ops.precision import accumulation_dtype
 
 
@@ -41,12 +42,6 @@ def masked_attention(
         visible_BTS = visible_BTS & (number_BS[:, i_T1[:, 0], None] == number_BS[:, None])
     weights = scores.masked_fill(~visible_BTS[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bnts,sbnd->tbnd", weights, v).to(q_TBND.dtype)
-
-
-def query_positions(num_queries: int, query_starts: Sequence[int] | None) -> Tensor:
-    """Positions [T] in the sequence of the queries, given the starts of their equally long chunks."""
-    starts = [0] if query_starts is None else query_starts
-    return torch.cat([torch.arange(num_queries // len(starts)) + start for start in starts])
 
 
 def _document_numbers(length: int, starts: Sequence[int]) -> Tensor:
