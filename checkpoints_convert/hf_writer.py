@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,17 @@ from checkpoints_convert.model_card import CardFacts, model_card
 from checkpoints_convert.options import Options
 from checkpoints_convert.param_map import Entry, entries
 from checkpoints_convert.progress import Progress
-from checkpoints_convert.sizes import itemsize, weight_bytes
+from checkpoints_convert.sizes import entry_bytes, weight_bytes
 from checkpoints_convert.source import Source
-from checkpoints_convert.streams import HashedFile
+from checkpoints_convert.streams import WRITER_THREADS, HashedFile
 from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_dmc.checkpoint.torch_file import tensor_memory
 from megatron_dmc.files import new_directory, write_json, write_text
 from megatron_dmc.llama import LlamaConfig, to_hf_config
 
-SHARD_BYTES = 5_000_000_000
-"""Largest shard, as in transformers' save_pretrained."""
+SHARD_BYTES = 2_000_000_000
+"""Size of a shard: several are written at one time, and even a 7B model should have enough of them."""
 _HEADER_ALIGNMENT = 8
 
 
@@ -71,24 +72,26 @@ def write_hugging_face(
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: the tensors it will hold, in their order."""
+    """One safetensors file: the entries of the table whose tensors it will hold, in their order."""
 
     file_name: str
-    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    entries: tuple[Entry, ...]
 
 
 def plan_shards(llama: LlamaConfig, limit: int = SHARD_BYTES) -> list[Shard]:
-    """Which tensor goes into which file: in the order of the forward pass, files of at most ``limit`` bytes."""
-    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    """Which tensors go into which file: in the order of the forward pass, files of at most ``limit`` bytes.
+
+    Tensors that Megatron fuses stay together, so that each is read once; one entry may be larger than ``limit``.
+    """
+    groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries(llama):
-        for name, shape in zip(entry.hf_names, entry.hf_shapes(llama), strict=True):
-            size = math.prod(shape) * itemsize(llama)
-            if groups[-1] and filled + size > limit:
-                groups.append([])
-                filled = 0
-            groups[-1].append((name, shape))
-            filled += size
+        size = entry_bytes(entry, llama)
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += size
     if len(groups) == 1:
         return [Shard(SINGLE_NAME, tuple(groups[0]))]
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
@@ -105,42 +108,47 @@ def write_weights(
     """Write every tensor of a model.
 
     Args:
-        parts: gives the Hugging Face tensors of an entry; called once for each, in the order of the forward pass.
+        parts: gives the Hugging Face tensors of an entry; called once for each, by several threads.
 
     Returns:
         SHA-256 by file name.
     """
-    dtype = getattr(torch, llama.dtype)
-    tensors = _named_tensors(llama, parts)
-    hashes, weight_map, total = {}, {}, 0
-    for shard in plan_shards(llama, shard_bytes):
-        with HashedFile(directory / shard.file_name, progress) as stream:
-            stream.write(_header(shard, dtype))
-            for name, shape in shard.tensors:
-                given, tensor = next(tensors)
-                assert (given, tuple(tensor.shape), tensor.dtype) == (name, shape, dtype)
-                stream.write(tensor_memory(tensor.contiguous()))
-                weight_map[name] = shard.file_name
-                total += tensor.nbytes
-                del tensor
-        hashes[shard.file_name] = stream.sha256()
-    if len(hashes) > 1:
-        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    shards = plan_shards(llama, shard_bytes)
+    with ThreadPoolExecutor(WRITER_THREADS) as threads:
+        written = threads.map(lambda shard: _write_shard(directory, shard, llama, parts, progress), shards)
+        hashes = {shard.file_name: sha256 for shard, sha256 in zip(shards, written, strict=True)}
+    if len(shards) > 1:
+        weight_map = {name: shard.file_name for shard in shards for entry in shard.entries for name in entry.hf_names}
+        write_json(directory / INDEX_NAME, {"metadata": {"total_size": weight_bytes(llama)}, "weight_map": weight_map})
     return hashes
 
 
-def _named_tensors(llama: LlamaConfig, parts: Callable[[Entry], Sequence[Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for entry in entries(llama):
-        yield from zip(entry.hf_names, parts(entry), strict=True)
+def _write_shard(
+    directory: Path,
+    shard: Shard,
+    llama: LlamaConfig,
+    parts: Callable[[Entry], Sequence[Tensor]],
+    progress: Progress | None,
+) -> str:
+    dtype = getattr(torch, llama.dtype)
+    with HashedFile(directory / shard.file_name, progress) as stream:
+        stream.write(_header(shard, llama, dtype))
+        for entry in shard.entries:
+            for tensor, shape in zip(parts(entry), entry.hf_shapes(llama), strict=True):
+                assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
+                stream.write(tensor_memory(tensor.contiguous()))
+                del tensor
+    return stream.sha256()
 
 
-def _header(shard: Shard, dtype: torch.dtype) -> bytes:
+def _header(shard: Shard, llama: LlamaConfig, dtype: torch.dtype) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in shard.tensors:
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+    for entry in shard.entries:
+        for name, shape in zip(entry.hf_names, entry.hf_shapes(llama), strict=True):
+            end = offset + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TextIO
 
@@ -11,7 +12,10 @@ _SECONDS_BETWEEN_REDRAWS = 0.2
 
 
 class Progress:
-    """Counts bytes and reports them: one line that is drawn anew on a terminal, otherwise a line every ten seconds."""
+    """Counts bytes and reports them: one line that is drawn anew on a terminal, otherwise a line every ten seconds.
+
+    Several threads may count.
+    """
 
     def __init__(self, label: str, total_bytes: int, stream: TextIO | None = None) -> None:
         self.label = label
@@ -19,35 +23,31 @@ class Progress:
         self.done_bytes = 0
         self._stream = stream or sys.stderr
         self._on_terminal = self._stream.isatty()
+        self._lock = threading.Lock()
         self._started = self._last = time.monotonic()
 
     def add(self, count: int) -> None:
         """Count ``count`` more bytes."""
-        self.done_bytes += count
-        now = time.monotonic()
-        if now - self._last >= (_SECONDS_BETWEEN_REDRAWS if self._on_terminal else _SECONDS_BETWEEN_LINES):
-            self._last = now
-            self._write("\r" if self._on_terminal else "", "" if self._on_terminal else "\n")
+        with self._lock:
+            self.done_bytes += count
+            now = time.monotonic()
+            if now - self._last >= (_SECONDS_BETWEEN_REDRAWS if self._on_terminal else _SECONDS_BETWEEN_LINES):
+                self._last = now
+                self._write("" if self._on_terminal else "\n")
 
-    def finish(self) -> float:
-        """Report the end; the seconds it took."""
-        self._write("\r" if self._on_terminal else "", "\n")
-        return self.seconds
+    def finish(self) -> None:
+        """Report the end."""
+        self._write("\n")
 
-    @property
-    def seconds(self) -> float:
-        """Time since the start."""
-        return time.monotonic() - self._started
-
-    def _write(self, before: str, after: str) -> None:
-        seconds = max(self.seconds, 1e-9)
+    def _write(self, after: str) -> None:
+        seconds = max(time.monotonic() - self._started, 1e-9)
         share = min(self.done_bytes / self.total_bytes, 1.0) if self.total_bytes else 1.0  # headers count as done too
         left = seconds / share - seconds if share else 0.0
         line = (
             f"{self.label}: {share:4.0%} of {human_bytes(self.total_bytes)}, "
             f"{human_bytes(self.done_bytes / seconds)}/s, {left:.0f} s left"
         )
-        self._stream.write(f"{before}{line}{after}")
+        self._stream.write(f"\r{line:<79}{after}" if self._on_terminal else f"{line}{after}")
         self._stream.flush()
 
 

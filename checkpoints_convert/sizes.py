@@ -9,6 +9,7 @@ import torch
 
 from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.param_map import EMBEDDING_ROW, Entry, entries
+from checkpoints_convert.streams import WRITER_THREADS
 from megatron_dmc.llama import LlamaConfig
 
 # Anonymous memory of a process that has imported torch; with transformers or Megatron in it as well. Measured:
@@ -27,6 +28,11 @@ class ForwardBytes(NamedTuple):
 def itemsize(llama: LlamaConfig) -> int:
     """Bytes of an element."""
     return getattr(torch, llama.dtype).itemsize
+
+
+def entry_bytes(entry: Entry, llama: LlamaConfig) -> int:
+    """Bytes of the Hugging Face tensors of an entry."""
+    return _hf_elements(entry, llama) * itemsize(llama)
 
 
 def weight_bytes(llama: LlamaConfig) -> int:
@@ -48,9 +54,9 @@ def largest_layer_bytes(llama: LlamaConfig) -> int:
 
 
 def conversion_bytes(shape: MegatronShape) -> int:
-    """Peak anonymous memory of a conversion: the largest tensor of Megatron beside the tensors it is made of."""
+    """Peak anonymous memory: in every thread the largest tensor of Megatron beside the tensors it is made of."""
     largest = max(math.prod(entry.megatron_shape(shape)) for entry in entries(shape.llama))
-    return PROCESS_BYTES + 2 * largest * itemsize(shape.llama)
+    return PROCESS_BYTES + WRITER_THREADS * 2 * largest * itemsize(shape.llama)
 
 
 def forward_bytes(llama: LlamaConfig) -> ForwardBytes:

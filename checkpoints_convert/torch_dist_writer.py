@@ -1,13 +1,14 @@
 """A Megatron ``torch_dist`` iteration, written by torch's own distributed checkpoint writer.
 
-The plan is made from names and shapes; every tensor is built when the writer asks for it and dropped when it asks
-for the next, so that memory does not grow with depth.
+The plan is made from names and shapes; every tensor is built when the writer asks for it and freed when it asks for
+the next, so that memory does not grow with depth.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.planner import (
 from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.param_map import EXTRA_STATE_MODULES, Entry, entries
 from checkpoints_convert.progress import Progress
-from checkpoints_convert.streams import HashedFile
+from checkpoints_convert.streams import WRITER_THREADS, HashedFile
 from megatron_dmc.checkpoint.torch_dist import COMMON_STATE_KEY
 from megatron_dmc.files import write_text
 
@@ -54,21 +55,36 @@ def write_torch_dist(
     Args:
         directory: new or empty.
         arguments: Megatron's saved arguments.
-        read: gives Megatron's tensor for an entry; it is called once for each, in the order of the forward pass.
+        read: gives Megatron's tensor for an entry, in memory of its own; called once for each, by several threads.
 
     Returns:
         SHA-256 by file name, of the files that were hashed while they were written.
     """
     files = _HashingFileSystem(progress)
-    planner = _StreamingPlanner(shape, _objects(shape, arguments), read, files.wait)
-    writer = _Writer(directory, sync_files=False)
+    writer = _Writer(directory, thread_count=WRITER_THREADS, sync_files=False)
     writer.fs = files
-    with warnings.catch_warnings():
+    planner = _StreamingPlanner(shape, _objects(shape, arguments), read)
+    with _without_crc32(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save({}, storage_writer=writer, planner=planner, no_dist=True)
-    planner.release()
+        try:
+            save({}, storage_writer=writer, planner=planner, no_dist=True)
+        finally:
+            # The writer's threads end in silence when they fail, and the checkpoint would lack their part.
+            if files.failure is not None:
+                raise files.failure
     write_text(directory / "metadata.json", '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     return files.sha256
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Nobody reads the CRC32 of torch's zip files, and the manifest has the SHA-256 of everything."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _objects(shape: MegatronShape, arguments: dict[str, Any]) -> dict[str, bytes]:
@@ -97,20 +113,13 @@ def _saved(value: Any) -> bytes:
 class _StreamingPlanner(DefaultSavePlanner):
     """Plans from shapes, and builds each tensor when it is written."""
 
-    def __init__(
-        self,
-        shape: MegatronShape,
-        objects: dict[str, bytes],
-        read: Callable[[Entry], torch.Tensor],
-        wait_until_hashed: Callable[[], None],
-    ) -> None:
+    def __init__(self, shape: MegatronShape, objects: dict[str, bytes], read: Callable[[Entry], torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._shape = shape
         self._objects = objects
         self._read = read
-        self._wait_until_hashed = wait_until_hashed
         self._entries = {_index(entry, shape): entry for entry in entries(shape.llama)}
-        self._written: torch.Tensor | None = None
+        self._of_thread = threading.local()
 
     def create_local_plan(self) -> SavePlan:
         items = [
@@ -133,19 +142,19 @@ class _StreamingPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self._objects[write_item.index.fqn])
+        self._free_the_last()
         entry = self._entries[write_item.index]
         tensor = self._read(entry)
-        self.release()
         assert tuple(tensor.shape) == entry.megatron_shape(self._shape)
-        self._written = tensor if entry.layer is None else tensor.unsqueeze(0)
-        return self._written
+        self._of_thread.last = tensor
+        return tensor if entry.layer is None else tensor.unsqueeze(0)
 
-    def release(self) -> None:
-        """Free the tensor that was written last: torch's writer would keep one of every name."""
-        if self._written is not None:
-            self._wait_until_hashed()
-            self._written.untyped_storage().resize_(0)
-            self._written = None
+    def _free_the_last(self) -> None:
+        """Free the tensor that this thread wrote last: torch's writer keeps one of every name."""
+        last = getattr(self._of_thread, "last", None)
+        if last is not None:
+            self._of_thread.last = None
+            last.untyped_storage().resize_(0)
 
 
 def _index(entry: Entry, shape: MegatronShape) -> MetadataIndex:
@@ -161,17 +170,17 @@ class _Writer(FileSystemWriter):
 
 
 class _HashingFileSystem(FileSystem):
-    """Writes data files through :class:`HashedFile`."""
+    """Writes data files through :class:`HashedFile`.
+
+    Attributes:
+        sha256: of every data file, by name.
+        failure: what went wrong while one was written.
+    """
 
     def __init__(self, progress: Progress | None) -> None:
         self.sha256: dict[str, str] = {}
+        self.failure: BaseException | None = None
         self._progress = progress
-        self._open: HashedFile | None = None
-
-    def wait(self) -> None:
-        """Until what was written to the open data file is hashed."""
-        if self._open is not None:
-            self._open.wait()
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
@@ -179,8 +188,10 @@ class _HashingFileSystem(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with HashedFile(Path(path), self._progress) as stream:
-            self._open = stream
-            yield stream
-        self._open = None
+        try:
+            with HashedFile(Path(path), self._progress) as stream:
+                yield stream
+        except BaseException as error:
+            self.failure = error
+            raise
         self.sha256[Path(path).name] = stream.sha256()

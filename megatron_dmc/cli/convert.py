@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,14 @@ def _add_conversion(commands: Any, name: str, about: str, run: Any) -> argparse.
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     parser.add_argument("--no-verify", action="store_true", help="leave out the comparison at the end")
     _add_max_memory(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=lambda args: _with_large_pages(run, args))
     return parser
+
+
+def _with_large_pages(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Conversions allocate every tensor anew, which large pages make cheaper; torch reads this when it starts."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return run(args)
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:

@@ -87,7 +87,7 @@ def _hole(metadata, tensor, chunk, info):
 
 def _another_tensor(metadata, tensor, chunk, info):
     other = metadata.storage_data[_index_of(metadata, "decoder.final_layernorm.weight")]
-    info.offset, info.length = other.offset, other.length
+    info.relative_path, info.offset, info.length = other.relative_path, other.offset, other.length
 
 
 def _past_the_end(metadata, tensor, chunk, info):

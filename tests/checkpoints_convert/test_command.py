@@ -91,7 +91,7 @@ def test_inspect_tells_what_is_damaged(source, tmp_path, capsys):
     assert _run("import", source, tmp_path / "m", "--no-verify") == 0
     path = tmp_path / "m" / "release" / "__0_0.distcp"
     data = bytearray(path.read_bytes())
-    data[-2000] ^= 1
+    data[len(data) // 2] ^= 1
     path.write_bytes(data)
     capsys.readouterr()
     assert _run("inspect", tmp_path / "m") == 2
