@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.kv_pooling import pool_kv
+from megatron_dmc.ops.kv_pooling import pool_kv, segment
+from megatron_dmc.ops.kv_pooling import window as window_form
 from megatron_dmc.ops.kv_pooling.reference import pool_kv as plain_pool_kv
 from tests.ops.comparison import assert_same
 
@@ -47,6 +48,17 @@ def test_long_segment_loses_no_precision() -> None:
     pooled, _ = pool_kv(k + 1, v, alpha, omega)
     mean = (omega.double()[..., None] * (k + 1).double()).sum(0) / omega.double()[..., None].sum(0)
     torch.testing.assert_close(pooled[-1].double(), mean, rtol=2**-8, atol=0)
+
+
+def test_small_decisions_make_no_denormal_numbers() -> None:
+    """Products of small alphas would be denormal, and a CPU then computes many times slower."""
+    k, v, alpha, omega = pooling_inputs(70, 1, 2, torch.float32)
+    small = torch.full_like(alpha, 1e-15)
+    for weights in (window_form._weights(small, 5), segment.gates(small * 1e-24, omega)):
+        for weight in weights:
+            assert not ((weight > 0) & (weight < torch.finfo(torch.float32).tiny)).any()
+    for window in (0, 5):
+        torch.testing.assert_close(pool_kv(k, v, small, omega, window)[0], k)
 
 
 def test_window_longer_than_sequence_is_whole_segment() -> None:

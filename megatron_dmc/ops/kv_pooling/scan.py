@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.precision import accumulation_dtype, row_slices
+from megatron_dmc.ops.precision import accumulation_dtype, row_slices, without_negligible
 
 BLOCK = 16
 """Positions per block: fewer make more levels, more make longer chains of smaller operations."""
@@ -56,7 +56,7 @@ def _scan_blocks(decay: Tensor, gain: Tensor | None, x: Tensor, y: Tensor, state
     num_blocks, block = x.shape[:2]
     steps = range(block)[::-1] if reverse else range(block)
     first, last = steps[0], steps[-1]
-    reach = decay.flip(1).cumprod(1).flip(1) if reverse else decay.cumprod(1)
+    reach = without_negligible(decay.flip(1).cumprod(1).flip(1) if reverse else decay.cumprod(1))
     for now in steps:
         before = now + 1 if reverse else now - 1
         y_now, gained = y[:, now], x[:, now]

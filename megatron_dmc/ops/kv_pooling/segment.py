@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.kv_pooling.dispatch import scans
 from megatron_dmc.ops.kv_pooling.scan import shift
+from megatron_dmc.ops.precision import without_negligible
 
 
 class Gates(NamedTuple):
@@ -27,6 +28,7 @@ class Gates(NamedTuple):
 
 def gates(alpha_SBG: Tensor, omega_SBG: Tensor) -> Gates:
     """The convex weights of the recurrence, float32 [S, B, G]."""
+    alpha_SBG = without_negligible(alpha_SBG)
     z_SBG = scans(omega_SBG).gated_scan(alpha_SBG, None, omega_SBG[..., None])[..., 0]
     return Gates(z_SBG, omega_SBG / z_SBG, alpha_SBG * shift(z_SBG, 1) / z_SBG)
 

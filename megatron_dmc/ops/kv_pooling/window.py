@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.kv_pooling.dispatch import scans
 from megatron_dmc.ops.kv_pooling.scan import shift
+from megatron_dmc.ops.precision import without_negligible
 
 
 class _Weights(NamedTuple):
@@ -32,15 +33,16 @@ class _Weights(NamedTuple):
 
 
 def _weights(alpha: Tensor, window: int) -> _Weights:
+    alpha = without_negligible(alpha)
     length = alpha.shape[0]
     offset = torch.arange(length, device=alpha.device) % window
     column = (slice(None),) + (None,) * (alpha.dim() - 1)
     starts, ends = (offset == 0)[column], (offset == window - 1)[column]
     padding = alpha.new_zeros(-length % window, *alpha.shape[1:])
     blocks = torch.cat((alpha, padding)).unflatten(0, (-1, window))
-    reach = blocks.cumprod(1).flatten(0, 1)[:length]
+    reach = without_negligible(blocks.cumprod(1)).flatten(0, 1)[:length]
     after = torch.cat((blocks[:, 1:], torch.ones_like(blocks[:, :1])), dim=1)
-    to_end = after.flip(1).cumprod(1).flip(1).flatten(0, 1)[:length]
+    to_end = without_negligible(after.flip(1).cumprod(1).flip(1)).flatten(0, 1)[:length]
     bridge = reach.masked_fill(ends, 0.0)
     bridge[: window - 1] = 0.0
     going_on = torch.ones_like(alpha).masked_fill(ends, 0.0)

@@ -13,15 +13,23 @@ import math
 
 from torch import Tensor
 
+from megatron_dmc.ops.precision import NEGLIGIBLE_WEIGHT
+
 HIDDEN = -1.0e4
 """Bias of a key that is not to be seen: its weight is 0 in every dtype, and float16 still holds it."""
 
+NEGLIGIBLE = -40.0
+"""A bias below it becomes HIDDEN: exp(-40) is below the rounding of float64, and weights near exp(-90) would be
+denormal numbers, with which a CPU computes up to eight times slower."""
+
 
 def fold(q_BNTD: Tensor, k_BGSD: Tensor, bias_SBG: Tensor, scale: float) -> None:
-    """Write the bias into the last channel of ``q`` and ``k``, in place."""
+    """Write the bias into the last channel of ``q`` and ``k``, in place; a negligible weight becomes exactly 0."""
     constant = _query_constant(scale)
     q_BNTD[..., -1] = constant
-    k_BGSD[..., -1] = bias_SBG.permute(1, 2, 0) / (constant * scale)
+    bias_BGS = bias_SBG.permute(1, 2, 0)
+    bias_BGS = bias_BGS.masked_fill(bias_BGS < NEGLIGIBLE, HIDDEN).masked_fill(bias_BGS.abs() < NEGLIGIBLE_WEIGHT, 0.0)
+    k_BGSD[..., -1] = bias_BGS / (constant * scale)
 
 
 def unfold_gradient(grad_q_BNTD: Tensor, grad_k_BGSD: Tensor, scale: float) -> Tensor:
