@@ -179,6 +179,14 @@ def _own_backward(
     weight = torch.exp((q * k).sum(-1).mul_(plan.scale).sub_(lse)).unsqueeze_(-1)
     grad_score = weight * ((v - out) * grad).sum(-1, keepdim=True) * plan.scale
     grad_q, grad_k, grad_v = (x[..., : y.shape[-1]] for x, y in zip(grads, near, strict=True))
-    _grouped(grad_q[:, :, queries], near[1]).add_(grad_score * k)
-    grad_k[:, :, keys] += (grad_score * q).sum(2)
-    grad_v[:, :, keys] += (weight * grad).sum(2)
+    _grouped(grad_q[:, :, queries], near[1]).addcmul_(grad_score, k)
+    grad_k[:, :, keys] += _group_sum(grad_score, q)
+    grad_v[:, :, keys] += _group_sum(weight, grad)
+
+
+def _group_sum(weight: Tensor, x: Tensor) -> Tensor:
+    """Weighted sum over the queries of each KV head: [B, G, R, rows, D] to [B, G, rows, D]."""
+    total = weight[:, :, 0] * x[:, :, 0]
+    for r in range(1, x.shape[2]):
+        total.addcmul_(weight[:, :, r], x[:, :, r])
+    return total
