@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.checkpoint.pickles import Record
+from megatron_dmc.checkpoint.pickles import OrderedMapping, Record
 
 
 def _size(values: Any = ()) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys((*DTYPES, *STORAGE_DTYPES)),
     "torch.Size": _size,
     "torch.serialization._get_layout": _layout,
-    "collections.OrderedDict": dict,
+    "collections.OrderedDict": OrderedMapping,
     "_codecs.encode": _encode,
     "builtins.bytes": _no_bytes,
     "__builtin__.bytes": _no_bytes,

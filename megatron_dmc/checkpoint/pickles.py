@@ -43,6 +43,10 @@ class Record:
         self.state: Any = None
 
 
+class OrderedMapping(dict[Any, Any]):
+    """An ``OrderedDict`` of a pickle: unlike a dict it may have a state, torch's ``_metadata`` of a state dict."""
+
+
 def describe(
     data: bytes,
     what: str,
@@ -125,6 +129,8 @@ class _Walk:
 
     def set_state(self, state: Any) -> None:
         target = self.stack[-1]
+        if isinstance(target, OrderedMapping) and isinstance(state, dict) and state.keys() == {"_metadata"}:
+            return
         if not isinstance(target, Record):
             raise Refused(f"it sets the state of {_kind(target)}, which has none")
         if target.state is not None:
@@ -133,7 +139,7 @@ class _Walk:
 
     def set_items(self, flat: list[Any]) -> None:
         target = self.stack[-1]
-        if type(target) is not dict:
+        if not isinstance(target, dict):
             raise Refused(f"it sets items of {_kind(target)}")
         if len(flat) % 2:
             raise ValueError("a key without a value")

@@ -55,6 +55,12 @@ def test_objects_become_records():
     assert (described.kind, described.state) == ("argparse.Namespace", {"a": 1, "b": [2]})
 
 
+def test_the_state_dict_of_a_module_has_metadata():
+    state = collections.OrderedDict(weight=1)
+    state._metadata = {"": {"version": 1}}
+    assert describe(pickle.dumps(state, 2), "it", ALLOWED) == {"weight": 1}
+
+
 def test_shared_values_stay_shared():
     inner = [1]
     described = describe(pickle.dumps([inner, inner]), "it", ALLOWED)
@@ -100,6 +106,10 @@ HOSTILE = {
     "state of a class": (_global("argparse", "Namespace") + b"}" + _text("x") + b"K\x01sb.", "argparse.Namespace"),
     "slots of a class": (_global("argparse", "Namespace") + b"N}" + _text("x") + b"K\x01s\x86b.", "argparse.Namespace"),
     "state of a list": (b"]}b.", "a list"),
+    "state of an ordered dict": (
+        _global("collections", "OrderedDict") + b")R}" + _text("keys") + b"K\x01sb.",
+        "OrderedMapping",
+    ),
     "items of an object": (_global("argparse", "Namespace") + b")R" + _text("x") + b"K\x01s.", "argparse.Namespace"),
     "appending to an object": (_global("argparse", "Namespace") + b")RK\x01a.", "argparse.Namespace"),
     "INST": (b"(ios\nsystem\n.", "INST"),
