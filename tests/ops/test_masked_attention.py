@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_dmc.ops.masked_attention import HIDDEN, bias, blockwise, flash, masked_attention, merged
 from megatron_dmc.ops.masked_attention.reference import masked_attention as plain_attention
@@ -84,6 +85,18 @@ def test_choice_of_kernel(device: str, dtype: torch.dtype, head_dim: int, kernel
     chosen, why = flash.choose(device, dtype, head_dim)
     assert chosen is kernel
     assert reason in why
+
+
+def test_calls_of_the_gpu_kernel_fit_its_signature() -> None:
+    """On tensors without data; the numbers need a GPU."""
+    with FakeTensorMode():
+        q, grad = (torch.empty(2, 8, 63, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.empty(2, 2, 63, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        output, lse = flash.CudaFlash.forward(q, k, v, True, 0.125)
+        grads = flash.CudaFlash.backward(grad, q, k, v, output, lse, True, 0.125)
+    assert output.shape == q.shape
+    assert lse.shape == q.shape[:-1]
+    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
 
 
 @pytest.mark.parametrize("head_dim", [64, 100, 128])
