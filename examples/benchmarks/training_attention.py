@@ -1,7 +1,7 @@
 """Attention of DMC, forward and backward, against stock causal attention with RoPE; and pooling alone.
 
 The two sides get the same inputs, projections before RoPE as Megatron hands them over: q [S, 1, N, D], k and v
-[S, 1, G, D]. Ours takes decisions, pools, rotates and attends; stock rotates and calls
+[S, 1, G, D]. Ours draws noise, takes decisions, pools, rotates and attends; stock rotates and calls
 ``scaled_dot_product_attention``. Run as a module, this file measures the peak memory of one side.
 """
 
@@ -86,9 +86,9 @@ def ours(shape: Shape) -> Callable[[], None]:
     config = DMCConfig()
     coordinates = (torch.arange(n, device=shape.device) for n in (1, shape.num_kv_heads, shape.length))
     sequence, heads, positions = coordinates
-    noise = logistic_noise(0, 0, sequence, 0, heads, positions)
 
     def run() -> None:
+        noise = logistic_noise(0, 0, sequence, 0, heads, positions)
         logits = dmc.read_logits(q, k, config)
         output, _ = dmc.compressed_attention(q, k, v, *logits, config, cos_sin_S=angles, noise_SBG=noise)
         torch.autograd.grad(output, (q, k, v), grad)
