@@ -149,7 +149,7 @@ class DMCCoreAttention(torch.nn.Module):
         """Part of the whole model's decisions that this layer takes on this rank.
 
         With ``--calculate-per-token-loss`` Megatron divides the gradients of a step by its tokens; then a
-        micro-batch counts with its own.
+        micro-batch counts with its own, masked ones included, since earlier stages never see the mask.
         """
         share = 1.0 / (self.config.num_layers * self.tp_group.size() * self.cp_group.size())
         return share * microbatch.sequence_length * batch if self.config.calculate_per_token_loss else share

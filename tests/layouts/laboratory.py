@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,13 +89,17 @@ class Laboratory:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._data = _write_data(directory / "data")
-        self._runs = 0
-        self.base = functools.cache(self._make_base)
+        self._numbers = itertools.count()
+        self._base_of = functools.cache(self._make_base)
         self.reference = functools.cache(self._train_alone)
 
     def path(self, name: str) -> Path:
         """A path for a test of its own."""
         return self._directory / name
+
+    def base(self, variant: Variant) -> Path:
+        """The checkpoint that a variant starts from."""
+        return self._base_of(variant.model, variant.tied, variant.base_stage)
 
     def train(
         self, variant: Variant, ranks: int, switches: tuple[str, ...] = (), watched: int = 0, **flags: object
@@ -107,7 +114,11 @@ class Laboratory:
             **flags: replace others.
         """
         argv = self.arguments(variant, switches, **{"pretrained_checkpoint": self.base(variant)} | flags)
-        return assemble(run_ranks(probe.train, ranks, self._log_directory(), argv, watched=watched), VOCAB_SIZE)
+        return assemble(self.run(probe.train, ranks, argv, watched=watched), VOCAB_SIZE)
+
+    def run(self, function: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any) -> list[Any]:
+        """``run_ranks`` with a log directory of its own."""
+        return run_ranks(function, ranks, self._new_path("logs"), *args, **kwargs)
 
     def arguments(self, variant: Variant, switches: tuple[str, ...] = (), **flags: object) -> list[str]:
         """All flags of a run."""
@@ -130,20 +141,14 @@ class Laboratory:
     def _train_alone(self, variant: Variant, steps: int) -> WholeRun:
         return self.train(variant, ranks=1, train_iters=steps)
 
-    def _make_base(self, variant: Variant) -> Path:
-        return self._base_of(variant.model, variant.tied, variant.base_stage)
-
-    @functools.cache  # noqa: B019 - one laboratory lives as long as the test session
-    def _base_of(self, model: tuple, tied: bool, stage: str) -> Path:
-        self._runs += 1
-        path = self._directory / f"base{self._runs}"
+    def _make_base(self, model: tuple, tied: bool, stage: str) -> Path:
+        path = self._new_path("base")
         argv = self.arguments(Variant(model, (), tied, stage), save=path, train_iters=1, lr=0, min_lr=0)
-        run_ranks(probe.make_base, 1, self._log_directory(), argv, spread=BORROWED_ROW_SCALE)
+        self.run(probe.make_base, 1, argv, spread=BORROWED_ROW_SCALE)
         return path
 
-    def _log_directory(self) -> Path:
-        self._runs += 1
-        return self._directory / f"logs{self._runs}"
+    def _new_path(self, kind: str) -> Path:
+        return self._directory / f"{kind}{next(self._numbers)}"
 
 
 def _write_data(prefix: Path, num_documents: int = 40) -> Path:

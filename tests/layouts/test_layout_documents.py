@@ -5,18 +5,17 @@ import pytest
 from tests.layouts import documents
 from tests.layouts.cases import DOCUMENTS, LAYOUTS
 from tests.layouts.laboratory import VOCAB_SIZE
-from tests.layouts.ranks import run_ranks
 
 END_OF_DOCUMENT = VOCAB_SIZE - 1
 
 
-def _seen(laboratory, layout, ranks, switches=()):
+def _seen(laboratory, ranks, switches=()):
     argv = laboratory.arguments(DOCUMENTS, switches, train_iters=1, pretrained_checkpoint=laboratory.base(DOCUMENTS))
-    return run_ranks(documents.train, ranks, laboratory.path(f"documents_{layout}"), argv)
+    return laboratory.run(documents.train, ranks, argv)
 
 
 def test_layout_documents_start_after_the_end_of_the_former(laboratory):
-    (seen,) = _seen(laboratory, "one", 1)
+    (seen,) = _seen(laboratory, 1)
     for starts, tokens in seen:
         for row, found in zip(tokens, starts, strict=True):
             ends = [position for position, token in enumerate(row[:-1]) if token == END_OF_DOCUMENT]
@@ -27,6 +26,6 @@ def test_layout_documents_start_after_the_end_of_the_former(laboratory):
 @pytest.mark.parametrize("layout", ["pp4", pytest.param("cp2_tp2_sp", marks=pytest.mark.slow)])
 def test_layout_documents_reach_every_rank(laboratory, layout):
     where = LAYOUTS[layout]
-    (alone,) = _seen(laboratory, "one", 1)
-    for seen in _seen(laboratory, layout, where.ranks, where.switches):
+    (alone,) = _seen(laboratory, 1)
+    for seen in _seen(laboratory, where.ranks, where.switches):
         assert [starts for starts, _ in seen] == [starts for starts, _ in alone]

@@ -6,7 +6,6 @@ import pytest
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from tests.layouts import stock
 from tests.layouts.cases import OFF
-from tests.layouts.ranks import run_ranks
 
 STEPS = 3
 
@@ -18,7 +17,7 @@ def runs(laboratory):
     for name, function in (("ours", stock.train_off), ("stock", stock.train_stock)):
         save = laboratory.path(f"off_{name}")
         argv = laboratory.arguments(OFF, train_iters=STEPS, save=save, dmc_total_samples=None)
-        made[name] = run_ranks(function, 1, laboratory.path(f"off_{name}_logs"), argv)[0], save
+        made[name] = laboratory.run(function, 1, argv)[0], save
     return made
 
 

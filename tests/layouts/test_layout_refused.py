@@ -7,7 +7,6 @@ import pytest
 
 from megatron_dmc.model import requirements
 from tests.layouts.cases import WHOLE_SEGMENT
-from tests.layouts.ranks import run_ranks
 from tests.layouts.refusals import missing_settings, refusals
 
 BY_FLAG = {
@@ -61,7 +60,7 @@ def answers(laboratory):
     usual = laboratory.arguments(WHOLE_SEGMENT, train_iters=1)
     commands = {flags: ([*usual, *flags.split()], {}) for flags in ("", *BY_FLAG)}
     commands |= {name: (usual, {name: value}) for name, value in BY_SETTING.items()}
-    answers = run_ranks(refusals, 1, laboratory.path("refused"), list(commands.values()))[0]
+    answers = laboratory.run(refusals, 1, list(commands.values()))[0]
     return dict(zip(commands, answers, strict=True))
 
 
@@ -81,7 +80,7 @@ def test_layout_refused_setting(answers, name):
 
 def test_layout_refused_more_ranks_than_heads(laboratory):
     argv = laboratory.arguments(WHOLE_SEGMENT, ("--tensor-model-parallel-size", "8"), train_iters=1)
-    (answer,) = run_ranks(refusals, 1, laboratory.path("refused_ranks"), [(argv, {})], world_size=8)[0]
+    (answer,) = laboratory.run(refusals, 1, [(argv, {})], world_size=8)[0]
     assert "tensor_model_parallel_size=8 with 4 KV heads" in answer
 
 
@@ -89,4 +88,4 @@ def test_layout_refusals_name_settings_of_this_megatron(laboratory):
     source = inspect.getsource(requirements)
     used = [first or second for first, second in re.findall(r"config\.(\w+)|_off\(\"(\w+)\"", source)]
     assert len(used) > 20
-    assert run_ranks(missing_settings, 1, laboratory.path("settings"), used)[0] == []
+    assert laboratory.run(missing_settings, 1, used)[0] == []
