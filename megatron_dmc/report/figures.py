@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -20,6 +23,8 @@ WIDTH_INCHES = 9.0
 DOTS_PER_INCH = 130
 PANEL_POINTS = 190.0
 LABEL_HEIGHT = 0.08
+LABEL_WIDTH = 0.12
+TITLE_CHARACTERS_PER_INCH = 9.5
 COMPRESSED = "#c2410c"
 UNCOMPRESSED = "#1d4ed8"
 QUIET = "#6b7280"
@@ -29,11 +34,11 @@ def training_figure(path: Path, title: str, retrofit: Curve, control: Curve | No
     """LM loss of retrofit and control, and the compression ratio beside its target, over the steps of all stages."""
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH_INCHES, 6.5), layout="constrained")
     _title(figure, title)
-    losses = [_line(top, retrofit.of("lm_loss"), "DMC", COMPRESSED)]
+    losses = [_line(top, retrofit.of("lm_loss"), "DMC", COMPRESSED, values=False)]
     if control is not None:
-        losses.append(_line(top, control.of("lm_loss"), "control", UNCOMPRESSED))
+        losses.append(_line(top, control.of("lm_loss"), "control", UNCOMPRESSED, values=False))
     _label_ends(top, losses)
-    top.set_ylabel("LM loss\n[nats per token]")
+    top.set_ylabel("LM loss, running mean\n[nats per token]")
     ratios = [
         _line(bottom, retrofit.of("target_cr"), "target", QUIET, linestyle="--"),
         _line(bottom, retrofit.of("measured_cr"), "measured", COMPRESSED),
@@ -48,13 +53,14 @@ def training_figure(path: Path, title: str, retrofit: Curve, control: Curve | No
 
 
 def heat_map(path: Path, title: str, ratios_LG: Sequence[Sequence[float]]) -> None:
-    """Compression ratio of every layer (rows) and KV head (columns) on one scale that starts at 1."""
+    """Compression ratio of every layer (rows) and KV head (columns) on one logarithmic scale from 1."""
     layers, heads = len(ratios_LG), len(ratios_LG[0])
     size = (max(7.5, 1.6 + 0.75 * heads), max(3.2, 1.5 + 0.42 * layers))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     _title(figure, title)
     highest = max(max(row) for row in ratios_LG)
-    image = axes.imshow(ratios_LG, cmap="viridis", vmin=1.0, vmax=max(highest, 1.01), aspect="auto")
+    scale = LogNorm(vmin=1.0, vmax=max(highest, 2.0))
+    image = axes.imshow(ratios_LG, cmap="viridis", norm=scale, aspect="auto")
     axes.set_xlabel("KV head")
     axes.set_ylabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -62,9 +68,12 @@ def heat_map(path: Path, title: str, ratios_LG: Sequence[Sequence[float]]) -> No
     if layers * heads <= 400:
         for layer, row in enumerate(ratios_LG):
             for head, ratio in enumerate(row):
-                color = "black" if ratio > 1 + 0.6 * (highest - 1) else "white"
+                color = "black" if scale(ratio) > 0.6 else "white"
                 axes.text(head, layer, f"{ratio:.1f}", ha="center", va="center", color=color, fontsize=9)
-    figure.colorbar(image, ax=axes, label="tokens per cache entry\n(1 = uncompressed)")
+    bar = figure.colorbar(image, ax=axes, label="tokens per cache entry\n(1 = uncompressed)")
+    doublings = [2**power for power in range(int(math.log2(max(highest, 2.0))) + 1)]
+    bar.set_ticks(doublings, labels=[str(ratio) for ratio in doublings])
+    bar.ax.minorticks_off()
     _save(figure, path)
 
 
@@ -88,14 +97,24 @@ def cache_figure(path: Path, title: str, tokens: Sequence[int], entries: Sequenc
 
 
 def _line(
-    axes: Axes, points: tuple[Sequence[int], Sequence[float]], name: str, color: str, linestyle: str = "-"
+    axes: Axes,
+    points: tuple[Sequence[int], Sequence[float]],
+    name: str,
+    color: str,
+    linestyle: str = "-",
+    *,
+    values: bool = True,
 ) -> tuple[str, str, int, float] | None:
-    """The values faintly and their running mean boldly. Returns name, color and end of the line."""
-    steps, values = points
+    """The running mean boldly and, where asked for, the values faintly. Returns name, color and end of the line.
+
+    Losses of small batches scatter far more than anything that is learned: there the mean stands alone.
+    """
+    steps, found = points
     if not steps:
         return None
-    mean = smoothed(list(values), max(1, len(values) // 50))
-    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, linestyle=linestyle)
+    mean = smoothed(list(found), max(1, len(found) // 50))
+    if values:
+        axes.plot(steps, found, color=color, alpha=0.25, linewidth=0.8)
     axes.plot(steps, mean, color=color, linewidth=1.6, linestyle=linestyle)
     return name, color, steps[-1], mean[-1]
 
@@ -118,16 +137,27 @@ def _label(
 
 
 def _mark_stages(axes: Axes, borders: Sequence[tuple[int, str]], *, names: bool) -> None:
+    """A dotted line where each stage begins, its name above; the name goes one line up where the last one is near."""
+    left, right = axes.get_xlim()
+    before, raised = -math.inf, False
     for step, stage in borders:
         axes.axvline(step, color=QUIET, linewidth=0.8, linestyle=":")
+        raised = not raised and step - before < LABEL_WIDTH * (right - left)
+        before = step
         if names:
             axes.annotate(
-                stage, (step, 1.0), (3, 2), xycoords=axes.get_xaxis_transform(), textcoords="offset points", color=QUIET
+                stage,
+                (step, 1.0),
+                (3, 14 if raised else 2),
+                xycoords=axes.get_xaxis_transform(),
+                textcoords="offset points",
+                color=QUIET,
             )
 
 
 def _title(figure: Figure, title: str) -> None:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    lines = textwrap.fill(title, int(TITLE_CHARACTERS_PER_INCH * figure.get_figwidth()))
+    figure.suptitle(lines, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
 
 def _save(figure: Figure, path: Path) -> None:

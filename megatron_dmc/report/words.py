@@ -39,7 +39,7 @@ def heat_map_title(ratios_LG: Sequence[Sequence[float]]) -> str:
     cells = [(ratio, layer, head) for layer, row in enumerate(ratios_LG) for head, ratio in enumerate(row)]
     low, high = min(cells), max(cells)
     return (
-        f"Most compressed: layer {high[1]}, KV head {high[2]} ({high[0]:.1f} tokens per entry)\n"
+        f"Most compressed: layer {high[1]}, KV head {high[2]} ({high[0]:.1f} tokens per entry); "
         f"least: layer {low[1]}, KV head {low[2]} ({low[0]:.1f})"
     )
 

@@ -21,6 +21,7 @@ from megatron_dmc.ops.masked_attention.merged import Operands, Plan, attend, att
 from megatron_dmc.ops.masked_attention.pieces import query_positions
 from megatron_dmc.ops.precision import accumulation_dtype
 from megatron_dmc.ops.rope import Rotation, faded_rotation, rotate
+from megatron_dmc.ops.torch_function import without_modes
 
 CosSin = tuple[Tensor, Tensor]
 """Cosine and sine of the rotary angles of all positions, each [S, D/2]."""
@@ -102,6 +103,7 @@ class _Rotate(torch.autograd.Function):
 
 class _CompressedAttention(torch.autograd.Function):
     @staticmethod
+    @without_modes
     def forward(
         ctx: Any,
         q: Tensor,
@@ -119,6 +121,7 @@ class _CompressedAttention(torch.autograd.Function):
         return out.permute(2, 0, 1, 3)
 
     @staticmethod
+    @without_modes
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, alpha, omega, bias, out, lse = ctx.saved_tensors
         cos_sin, window_size, plan = ctx.settings

@@ -53,28 +53,27 @@ def _in_blocks(x: Tensor, part: slice, block: int) -> Tensor:
 
 def _scan_blocks(decay: Tensor, gain: Tensor | None, x: Tensor, y: Tensor, state: Tensor, reverse: bool) -> Tensor:
     """The same for views [blocks, block, ...] in whole blocks."""
-    num_blocks, block = x.shape[:2]
-    steps = range(block)[::-1] if reverse else range(block)
-    first, last = steps[0], steps[-1]
+    num_blocks = x.shape[0]
     reach = without_negligible(decay.flip(1).cumprod(1).flip(1) if reverse else decay.cumprod(1))
-    for now in steps:
-        before = now + 1 if reverse else now - 1
-        y_now, gained = y[:, now], x[:, now]
-        if gain is not None:
-            gained = torch.mul(gained, gain[:, now, ..., None], out=y_now)
-        if now == first:
-            y_now.copy_(gained)
-        else:
-            torch.addcmul(gained.to(y.dtype), decay[:, now, ..., None], y[:, before], out=y_now)
+    if gain is None:
+        y.copy_(x)
+    else:
+        torch.mul(x, gain[..., None], out=y)
+    # One operation per position: on short sequences the time goes into calls, not into numbers.
+    order = slice(None, None, -1 if reverse else 1)
+    states, decays = y.unbind(1)[order], decay[..., None].unbind(1)[order]
+    for before, now, decay_now in zip(states[:-1], states[1:], decays[1:], strict=True):
+        now.addcmul_(decay_now, before)
     entering = torch.empty_like(y[:, 0])
     entering[-1 if reverse else 0] = state
     if num_blocks > 1:
         # The states between blocks are themselves a scan over the ends of the blocks.
         ends = slice(1, None) if reverse else slice(0, -1)
         left = slice(0, -1) if reverse else slice(1, None)
+        last = 0 if reverse else -1
         _scan(reach[ends, last], None, y[ends, last], entering[left], state, reverse)
     y.addcmul_(reach[..., None], entering[:, None])
-    return y[0 if reverse else -1, last]
+    return states[-1][0 if reverse else -1]
 
 
 def gated_scan_backward(
