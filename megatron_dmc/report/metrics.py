@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METRICS_FILE = "metrics.jsonl"
+from megatron_dmc.training.metrics_file import METRICS_FILE
+
 CONTROL_PREFIX = "control"
 COMPRESSING_ORDER = ("zero_out", "retrofit", "consolidate")
 
