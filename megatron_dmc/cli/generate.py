@@ -91,7 +91,7 @@ def _requests(args: argparse.Namespace, texts: list[str], tokenizer: Tokenizer) 
         eod=None if args.ignore_eod else tokenizer.eod,
     )
     return [
-        Request(tokenizer.encode(text), dataclasses.replace(sampling, seed=args.seed + index))
+        Request(tokenizer.encode_prompt(text), dataclasses.replace(sampling, seed=args.seed + index))
         for index, text in enumerate(texts)
     ]
 

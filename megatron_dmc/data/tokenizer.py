@@ -19,7 +19,7 @@ COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.
 
 
 class Tokenizer(ABC):
-    """Encodes without adding special tokens and decodes without showing them.
+    """Encodes documents without adding special tokens, prompts with them, and decodes without showing them.
 
     Attributes:
         vocab_size: ids are below it.
@@ -37,6 +37,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``."""
+
+    @abstractmethod
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of ``text`` as a model is asked to continue it: with what the tokenizer puts first (``<s>`` of Llama)."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -66,9 +70,14 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod = self._processor.eos_id()
         if self.eod < 0:
             raise ValueError(f"{path} has no end-of-sequence token, which ends a document: train it with one")
+        starts = _read_object(path.parent / "tokenizer_config.json").get("add_bos_token") is True
+        self._first = [self._processor.bos_id()] if starts and self._processor.bos_id() >= 0 else []
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._first + self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(token) for token in ids])
@@ -96,6 +105,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._backend.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)

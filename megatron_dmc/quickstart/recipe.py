@@ -14,15 +14,15 @@ from megatron_dmc.training.arguments import llama_flags
 SMALL_LLAMA = LlamaConfig(
     hidden_size=128,
     num_layers=4,
-    num_attention_heads=8,
-    num_kv_heads=4,
+    num_attention_heads=4,
+    num_kv_heads=2,
     head_dim=32,
     ffn_hidden_size=384,
     vocab_size=1024,
     max_position_embeddings=1024,
     dtype="float32",
 )
-"""About 1.2 million parameters: trained from scratch in minutes on two CPU cores."""
+"""About 1 million parameters: trained from scratch in minutes on two CPU cores."""
 
 STAGES = ("base", "zero_out", "retrofit", "consolidate")
 
@@ -39,7 +39,7 @@ class Training:
     min_learning_rate: float
     decay: str = "constant"
     warmup_steps: int = 0
-    batch_size: int = 4
+    batch_size: int = 2
 
     def of_length(self, steps: int) -> Training:
         """The same training over another number of steps."""
@@ -53,10 +53,10 @@ class Recipe:
     ``base`` has no steps where the user brings a model. ``micro_batch_size``: sequences at once; None = a whole batch.
     """
 
-    base: Training = Training(640, 3e-3, 3e-4, "cosine", 50, batch_size=12)
+    base: Training = Training(900, 3e-3, 3e-4, "cosine", 50, batch_size=12)
     zero_out: Training = Training(60, 1e-3, 1e-3)
-    retrofit: Training = Training(1100, 1e-3, 1e-3)
-    consolidate: Training = Training(900, 1e-3, 1e-4, "cosine")
+    retrofit: Training = Training(950, 1e-3, 1e-3)
+    consolidate: Training = Training(950, 1e-3, 1e-4, "cosine")
     dmc: DMCConfig = field(default_factory=lambda: DMCConfig(loss_weight=1.0))
     seq_length: int = 256
     micro_batch_size: int | None = None

@@ -1,6 +1,7 @@
 """Tokenizers: the round trip is exact, and both formats give the same ids."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -114,6 +115,27 @@ def test_truncation_stored_in_the_file_does_not_cut_documents(tokenizer_director
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     assert len(load_tokenizer(tmp_path).encode("def function(x): return x")) > 3
+
+
+def test_a_prompt_starts_as_the_tokenizer_says(both, tokenizer_directory, tmp_path):
+    documents = [tokenizer.encode("x = 1") for tokenizer in both]
+    assert [tokenizer.encode_prompt("x = 1") for tokenizer in both] == documents
+    shutil.copytree(tokenizer_directory, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    first, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    stored["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    for name, document in zip(("tokenizer.model", "tokenizer.json"), documents, strict=True):
+        tokenizer = load_tokenizer(tmp_path / name)
+        assert tokenizer.encode("x = 1") == document
+        assert tokenizer.encode_prompt("x = 1") == [1, *document]
 
 
 def test_vocabularies_that_cannot_be_trained(texts, tmp_path):

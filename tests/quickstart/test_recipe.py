@@ -46,7 +46,7 @@ def test_every_setting_of_dmc_is_passed_on():
     [
         ({"retrofit": Training(0, 1e-4, 1e-4)}, "retrofit of 0 steps"),
         ({"seq_length": 0}, "seq_length=0"),
-        ({"micro_batch_size": 3}, "micro_batch_size=3: must divide the global batch of 4 in zero_out"),
+        ({"micro_batch_size": 3}, "micro_batch_size=3: must divide the global batch of 2 in zero_out"),
     ],
 )
 def test_recipes_that_cannot_run(change, message):
