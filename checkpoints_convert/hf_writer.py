@@ -19,7 +19,6 @@ from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.model_card import CardFacts, model_card
 from checkpoints_convert.options import Options
 from checkpoints_convert.param_map import Entry, entries
-from checkpoints_convert.progress import Progress
 from checkpoints_convert.sizes import entry_bytes, weight_bytes
 from checkpoints_convert.source import Source
 from checkpoints_convert.streams import WRITER_THREADS, HashedFile
@@ -28,6 +27,7 @@ from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_dmc.checkpoint.torch_file import tensor_memory
 from megatron_dmc.files import new_directory, write_json, write_text
 from megatron_dmc.llama import LlamaConfig, to_hf_config
+from megatron_dmc.progress import Advance, progress
 
 SHARD_BYTES = 2_000_000_000
 """Size of a shard: several are written at one time, and even a 7B model should have enough of them."""
@@ -61,11 +61,10 @@ def write_hugging_face(
     with new_directory(destination, overwrite=options.overwrite) as partial:
         ids = companions.token_ids(source.companions) | companions.copy_tokenizer(tokenizer, partial)
         write_json(partial / "config.json", to_hf_config(source.llama, source.dmc, **ids))
-        progress = Progress(label, weight_bytes(source.llama))
-        hashes = write_weights(partial, source.llama, source.parts, progress)
+        with progress(label, weight_bytes(source.llama), "B") as advance:
+            hashes = write_weights(partial, source.llama, source.parts, advance)
         write_text(partial / "README.md", model_card(destination.name, source.llama, source.dmc, facts or CardFacts()))
         write_manifest(partial, hashes)
-        progress.finish()
         if check is not None and options.verify:
             check(partial)
 
@@ -102,7 +101,7 @@ def write_weights(
     directory: Path,
     llama: LlamaConfig,
     parts: Callable[[Entry], Sequence[Tensor]],
-    progress: Progress | None = None,
+    advance: Advance | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
     """Write every tensor of a model.
@@ -115,7 +114,7 @@ def write_weights(
     """
     shards = plan_shards(llama, shard_bytes)
     with ThreadPoolExecutor(WRITER_THREADS) as threads:
-        written = threads.map(lambda shard: _write_shard(directory, shard, llama, parts, progress), shards)
+        written = threads.map(lambda shard: _write_shard(directory, shard, llama, parts, advance), shards)
         hashes = {shard.file_name: sha256 for shard, sha256 in zip(shards, written, strict=True)}
     if len(shards) > 1:
         weight_map = {name: shard.file_name for shard in shards for entry in shard.entries for name in entry.hf_names}
@@ -128,10 +127,10 @@ def _write_shard(
     shard: Shard,
     llama: LlamaConfig,
     parts: Callable[[Entry], Sequence[Tensor]],
-    progress: Progress | None,
+    advance: Advance | None,
 ) -> str:
     dtype = getattr(torch, llama.dtype)
-    with HashedFile(directory / shard.file_name, progress) as stream:
+    with HashedFile(directory / shard.file_name, advance) as stream:
         stream.write(_header(shard, llama, dtype))
         for entry in shard.entries:
             for tensor, shape in zip(parts(entry), entry.hf_shapes(llama), strict=True):

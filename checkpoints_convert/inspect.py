@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.hf_directory import HuggingFaceDirectory
-from checkpoints_convert.progress import human_bytes
 from checkpoints_convert.source import MegatronSource
 from megatron_dmc.checkpoint.guard import check_checkpoint
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
 from megatron_dmc.checkpoint.manifest import manifest_problems, read_manifest
+from megatron_dmc.progress import amount
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,4 +98,4 @@ def _manifest_fact(directory: Path, hashes: bool) -> str:
 def _told(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={entry}" for name, entry in value.items() if entry is not None)
-    return f"{value} bytes ({human_bytes(value)})" if isinstance(value, int) and value > 1 << 20 else str(value)
+    return f"{value} bytes ({amount(value, 'B')})" if isinstance(value, int) and value > 1 << 20 else str(value)

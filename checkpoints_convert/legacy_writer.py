@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.param_map import EMBEDDING_ROW, EXTRA_STATE_MODULES, OUTPUT_LAYER, Entry, entries
-from checkpoints_convert.progress import Progress
 from megatron_dmc.checkpoint.legacy import FILE_NAME, LOCAL_SPEC_NAMES, rank_directory
 from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file, tensor_memory
+from megatron_dmc.progress import Advance
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
 
@@ -59,7 +59,7 @@ def write_legacy(
     arguments: dict[str, Any],
     read: Callable[[Entry], Tensor],
     cut: LegacyCut,
-    progress: Progress | None = None,
+    advance: Advance | None = None,
 ) -> None:
     """Write ``mp_rank_*`` files below ``directory``; ``read`` gives Megatron's tensor for an entry, once for each."""
     places = {entry: list(_places(entry, shape, cut)) for entry in entries(shape.llama)}
@@ -71,8 +71,8 @@ def write_legacy(
             for place in kept_at:
                 stored = files[rank, place.pipeline_rank][place.chunk][place.name]
                 _fill(stored, shard)
-                if progress is not None:
-                    progress.add(shard.nbytes)
+                if advance is not None:
+                    advance(shard.nbytes)
         del whole, shard
 
 

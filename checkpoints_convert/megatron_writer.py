@@ -14,7 +14,6 @@ from checkpoints_convert.layouts import VOCAB_MULTIPLE, MegatronShape, padded_vo
 from checkpoints_convert.legacy_writer import TRANSFORMER_ENGINE, LegacyCut, write_legacy
 from checkpoints_convert.options import Options
 from checkpoints_convert.param_map import Entry
-from checkpoints_convert.progress import Progress
 from checkpoints_convert.sizes import megatron_bytes
 from checkpoints_convert.source import Source
 from checkpoints_convert.torch_dist_writer import write_torch_dist
@@ -23,6 +22,7 @@ from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.settings import dmc_arguments, megatron_arguments
 from megatron_dmc.files import new_directory, write_text
 from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.progress import progress
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,16 @@ def write_megatron(
 
     with new_directory(destination, overwrite=options.overwrite) as partial:
         weights = partial / RELEASE
-        progress = Progress(label, megatron_bytes(shape))
         hashes: dict[str, str] = {}
-        if layout.format == TORCH_DIST:
-            hashes = write_torch_dist(weights, shape, arguments, read, progress)
-        else:
-            cut = LegacyCut(layout.tensor_size, layout.chunks(shape.llama.num_layers), layout.transformer_impl)
-            write_legacy(weights, shape, arguments, read, cut, progress)
+        with progress(label, megatron_bytes(shape), "B") as advance:
+            if layout.format == TORCH_DIST:
+                hashes = write_torch_dist(weights, shape, arguments, read, advance)
+            else:
+                cut = LegacyCut(layout.tensor_size, layout.chunks(shape.llama.num_layers), layout.transformer_impl)
+                write_legacy(weights, shape, arguments, read, cut, advance)
         companions.keep_companions(source.companions, weights / companions.FOLDER, source.llama)
         write_manifest(weights, hashes)
         write_text(partial / TRACKER, RELEASE)
-        progress.finish()
         if check is not None and options.verify:
             check(partial)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints_convert.layouts import MegatronShape
-from checkpoints_convert.progress import human_bytes
 from checkpoints_convert.sizes import conversion_bytes, megatron_bytes
+from megatron_dmc.progress import amount
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Options:
         needed = conversion_bytes(shape)
         if self.max_memory is not None and needed > self.max_memory:
             raise ValueError(
-                f"--max-memory {human_bytes(self.max_memory)}: this conversion takes about {human_bytes(needed)}"
+                f"--max-memory {amount(self.max_memory, 'B')}: this conversion takes about {amount(needed, 'B')}"
             )
         existing = next(folder for folder in Path(destination).absolute().parents if folder.is_dir())
         free = shutil.disk_usage(existing).free
         if free < megatron_bytes(shape):
             raise ValueError(
-                f"{existing} has {human_bytes(free)} free, {destination} takes {human_bytes(megatron_bytes(shape))}: "
+                f"{existing} has {amount(free, 'B')} free, {destination} takes {amount(megatron_bytes(shape), 'B')}: "
                 "choose another disk"
             )
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from checkpoints_convert.hf_writer import plan_shards
 from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.param_map import entries
-from checkpoints_convert.progress import human_bytes
 from checkpoints_convert.sizes import (
     conversion_bytes,
     forward_bytes,
@@ -18,6 +17,7 @@ from checkpoints_convert.sizes import (
     megatron_bytes,
     weight_bytes,
 )
+from megatron_dmc.progress import amount
 
 
 def plan_lines(shape: MegatronShape, destination: Path, *, to_hugging_face: bool) -> list[str]:
@@ -34,15 +34,15 @@ def plan_lines(shape: MegatronShape, destination: Path, *, to_hugging_face: bool
         left, right = entry.mapping.megatron, " + ".join(names)
         arrow = f"{left} -> {right}" if to_hugging_face else f"{right} -> {left}"
         told = " + ".join("x".join(map(str, one)) for one in shapes)
-        rows.append(f"{times:>4} x {told:<24} {human_bytes(size * times):>8}  {arrow}")
+        rows.append(f"{times:>4} x {told:<24} {amount(size * times, 'B'):>8}  {arrow}")
     total = weight_bytes(llama) if to_hugging_face else megatron_bytes(shape)
     existing = next(folder for folder in Path(destination).absolute().parents if folder.is_dir())
     forward = forward_bytes(llama)
     rows += [
-        f"writes {human_bytes(total)} of {llama.dtype} tensors"
+        f"writes {amount(total, 'B')} of {llama.dtype} tensors"
         + (f" in {len(plan_shards(llama))} safetensors files" if to_hugging_face else ""),
-        f"free disk needed: {human_bytes(total)}; free at {existing}: {human_bytes(shutil.disk_usage(existing).free)}",
-        f"largest layer: {human_bytes(largest_layer_bytes(llama))}; peak memory of the conversion: about "
-        f"{human_bytes(conversion_bytes(shape))}, of the comparison: about {human_bytes(forward.whole)}",
+        f"free disk needed: {amount(total, 'B')}; free at {existing}: {amount(shutil.disk_usage(existing).free, 'B')}",
+        f"largest layer: {amount(largest_layer_bytes(llama), 'B')}; peak memory of the conversion: about "
+        f"{amount(conversion_bytes(shape), 'B')}, of the comparison: about {amount(forward.whole, 'B')}",
     ]
     return rows

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.progress import Progress
+from megatron_dmc.progress import Advance
 
 WRITER_THREADS = 2
 """Files written at one time: SHA-256 keeps a core busy, and each file in work holds its tensors in memory."""
@@ -20,10 +20,10 @@ _FLUSH_BYTES = 1 << 28
 class HashedFile(io.RawIOBase):
     """A new file whose SHA-256 is known when it is closed, and whose pages do not pile up in memory."""
 
-    def __init__(self, path: Path, progress: Progress | None = None) -> None:
+    def __init__(self, path: Path, advance: Advance | None = None) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._digest = hashlib.sha256()
-        self._progress = progress
+        self._advance = advance
         self._position = 0
         self._flushed = 0
 
@@ -44,8 +44,8 @@ class HashedFile(io.RawIOBase):
             self._digest.update(view[done : done + count])
             done += count
             self._position += count
-            if self._progress is not None:
-                self._progress.add(count)
+            if self._advance is not None:
+                self._advance(count)
             if self._position - self._flushed >= _FLUSH_BYTES:
                 self._drop_pages()
         return done

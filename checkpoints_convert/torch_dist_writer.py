@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.planner import (
 
 from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.param_map import EXTRA_STATE_MODULES, Entry, entries
-from checkpoints_convert.progress import Progress
 from checkpoints_convert.streams import WRITER_THREADS, HashedFile
 from megatron_dmc.checkpoint.torch_dist import COMMON_STATE_KEY
 from megatron_dmc.files import write_text
+from megatron_dmc.progress import Advance
 
 # What Megatron's optimizer sharding was; without an optimizer it only has to be a value that Megatron knows.
 _CONTENT_METADATA = {
@@ -48,7 +48,7 @@ def write_torch_dist(
     shape: MegatronShape,
     arguments: dict[str, Any],
     read: Callable[[Entry], torch.Tensor],
-    progress: Progress | None = None,
+    advance: Advance | None = None,
 ) -> dict[str, str]:
     """Write one iteration directory that Megatron core 0.19 loads under any layout.
 
@@ -60,7 +60,7 @@ def write_torch_dist(
     Returns:
         SHA-256 by file name, of the files that were hashed while they were written.
     """
-    files = _HashingFileSystem(progress)
+    files = _HashingFileSystem(advance)
     writer = _Writer(directory, thread_count=WRITER_THREADS, sync_files=False)
     writer.fs = files
     planner = _StreamingPlanner(shape, _objects(shape, arguments), read)
@@ -177,10 +177,10 @@ class _HashingFileSystem(FileSystem):
         failure: what went wrong while one was written.
     """
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, advance: Advance | None) -> None:
         self.sha256: dict[str, str] = {}
         self.failure: BaseException | None = None
-        self._progress = progress
+        self._advance = advance
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
@@ -189,7 +189,7 @@ class _HashingFileSystem(FileSystem):
                 yield stream
             return
         try:
-            with HashedFile(Path(path), self._progress) as stream:
+            with HashedFile(Path(path), self._advance) as stream:
                 yield stream
         except BaseException as error:
             self.failure = error

@@ -18,7 +18,6 @@ from torch import Tensor
 from checkpoints_convert.decision_neurons import clear_borrowed_rows
 from checkpoints_convert.forward import LOGITS, ForwardJob, run_forward
 from checkpoints_convert.param_map import Entry, entries
-from checkpoints_convert.progress import Progress
 from checkpoints_convert.sizes import forward_bytes, weight_bytes
 from checkpoints_convert.source import Source, open_source
 from megatron_dmc.checkpoint.locate import locate
@@ -26,6 +25,7 @@ from megatron_dmc.checkpoint.manifest import manifest_problems
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import CheckFailed
 from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.progress import progress
 
 PROMPTS, PROMPT_TOKENS = 4, 16
 FIRST_LAYERS = 2
@@ -146,18 +146,17 @@ def _with_effect(dmc: DMCConfig | None) -> DMCConfig | None:
 
 def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> Verification:
     llama = pair[0].llama
-    progress = Progress("verify", 2 * weight_bytes(llama))
     count = total = 0
-    for entry in entries(llama):
-        first, second = (_parts(source, entry, clear) for source, clear in zip(pair, clears, strict=True))
-        for name, one, other in zip(entry.hf_names, first, second, strict=True):
-            unequal = _unequal(one, other)
-            if unequal:
-                raise CheckFailed(f"{name} differs in {unequal} of {one.numel()} elements")
-            count += 1
-            total += one.nbytes
-            progress.add(2 * one.nbytes)
-    progress.finish()
+    with progress("verify", 2 * weight_bytes(llama), "B") as advance:
+        for entry in entries(llama):
+            first, second = (_parts(source, entry, clear) for source, clear in zip(pair, clears, strict=True))
+            for name, one, other in zip(entry.hf_names, first, second, strict=True):
+                unequal = _unequal(one, other)
+                if unequal:
+                    raise CheckFailed(f"{name} differs in {unequal} of {one.numel()} elements")
+                count += 1
+                total += one.nbytes
+                advance(2 * one.nbytes)
     return Verification(count, total, clears)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -26,7 +28,7 @@ def amount(value: float, unit: str) -> str:
     """``value`` with its unit; bytes (unit ``B``) in decimal multiples."""
     if unit != "B":
         return f"{value:,.0f} {unit}".rstrip()
-    for multiple, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    for multiple, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= multiple:
             return f"{value / multiple:.1f} {name}"
     return f"{value:.0f} B"
@@ -41,7 +43,7 @@ def position(done: float, total: float | None, unit: str) -> str:
 
 @contextlib.contextmanager
 def progress(description: str, total: float | None, unit: str = "", *, done: float = 0.0) -> Iterator[Advance]:
-    """Show how far a piece of work is. Yields ``advance(amount)``, to be called as the work goes on.
+    """Show how far a piece of work is. Yields ``advance(amount)``, to be called as the work goes on, by any thread.
 
     Args:
         description: what is being done.
@@ -49,9 +51,16 @@ def progress(description: str, total: float | None, unit: str = "", *, done: flo
         unit: of the amounts: ``steps``, ``documents``, or ``B`` for bytes.
         done: the amount that an earlier run did.
     """
-    show = _bar if sys.stderr.isatty() else _lines
+    # Conversion needs few packages: without rich a terminal gets the plain lines.
+    show = _bar if sys.stderr.isatty() and importlib.util.find_spec("rich") else _lines
+    lock = threading.Lock()
     with show(description, total, unit, done) as advance:
-        yield advance
+
+        def advance_alone(step: float) -> None:
+            with lock:
+                advance(step)
+
+        yield advance_alone
 
 
 def track[Item](items: Sequence[Item] | Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
@@ -78,7 +87,8 @@ def _lines(description: str, total: float | None, unit: str, done: float) -> Ite
 
     yield advance
     elapsed = time.monotonic() - start
-    print(f"{description}: {amount(done - before, unit)} in {duration(elapsed)}", file=sys.stderr, flush=True)
+    finished = f"{description}: {amount(done - before, unit)} in {duration(elapsed)}"
+    print(finished + _speed(done - before, unit, elapsed), file=sys.stderr, flush=True)
 
 
 def _line(description: str, span: tuple[float, float], total: float | None, unit: str, elapsed: float) -> str:
@@ -87,7 +97,12 @@ def _line(description: str, span: tuple[float, float], total: float | None, unit
     if not total:
         return f"{description}: {amount(done, unit)}, {amount(now / elapsed, unit)}/s"
     left = duration(elapsed / now * max(0.0, total - done)) if now else "unknown time"
-    return f"{description}: {done / total:.0%} ({position(done, total, unit)}), {left} left"
+    return f"{description}: {done / total:.0%} ({position(done, total, unit)}){_speed(now, unit, elapsed)}, {left} left"
+
+
+def _speed(now: float, unit: str, elapsed: float) -> str:
+    """Bytes per second, which tell whether a disk is the limit; other units have the time left alone."""
+    return f", {amount(now / elapsed, unit)}/s" if unit == "B" and elapsed else ""
 
 
 @contextlib.contextmanager
@@ -98,17 +113,19 @@ def _bar(description: str, total: float | None, unit: str, done: float) -> Itera
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[position]}"),
+        TextColumn("{task.fields[position]}{task.fields[speed]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=int(done), position="")
+        task = bar.add_task(description, total=total, completed=int(done), position="", speed="")
+        start = time.monotonic()
 
         def advance(step: float) -> None:
             bar.advance(task, step)
             completed = bar.tasks[task].completed
-            bar.update(task, position=position(completed, total, unit))
+            speed = _speed(completed - done, unit, time.monotonic() - start)
+            bar.update(task, position=position(completed, total, unit), speed=speed)
 
         yield advance
