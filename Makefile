@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 EXTRAS := hf,plot,dev
 
-.PHONY: setup quickstart test test-slow lint types bench clean
+.PHONY: setup quickstart test test-quick test-slow lint types bench clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ quickstart: setup
 	$(VENV)/bin/megatron-dmc quickstart --output runs/quickstart
 
 test: setup
+	$(PYTHON) -m pytest -m "not exhaustive"
+
+test-quick: setup
 	$(PYTHON) -m pytest -m "not slow"
 
 test-slow: setup

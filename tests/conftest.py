@@ -16,6 +16,14 @@ from megatron_dmc.data.sentencepiece_training import train_tokenizer
 VOCABULARY = 360
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The exhaustive tests, and all that train with real ranks, are slow."""
+    for item in items:
+        if item.get_closest_marker("exhaustive") or "layouts" in item.path.parts:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Forty short documents of code, no two alike."""

@@ -53,7 +53,7 @@ def _run_megatron(folder, tensor: int, pipeline: int, jobs: list[dict]) -> None:
     assert [rank.returncode for rank in ranks] == [0] * size, told[0][-3000:]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_layout_of_megatron_gives_transformers_logits(imported, tmp_path, tensor, pipeline):
     jobs = [

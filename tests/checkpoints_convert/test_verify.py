@@ -181,7 +181,7 @@ def test_without_transformers_or_megatron_the_comparison_fails_and_says_so(pair,
         forward.run_forward(job)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", ["gqa", "tied", "bf16", "llama3", "linear"])
 def test_megatrons_and_transformers_layers_agree(tmp_path, variant):
     pytest.importorskip("transformers")
@@ -192,7 +192,7 @@ def test_megatrons_and_transformers_layers_agree(tmp_path, variant):
     assert compared.equal_predictions == 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_computation_that_differs_is_found_although_the_tensors_agree(tmp_path, monkeypatch):
     """A Megatron checkpoint whose saved arguments were changed behind our back."""
     source = write_model(tmp_path / "hf")
@@ -204,7 +204,7 @@ def test_a_computation_that_differs_is_found_although_the_tensors_agree(tmp_path
         verify(source, tmp_path / "megatron")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cleared_channels_in_both_walks(tmp_path):
     source = write_model(tmp_path / "hf", TINY, DMCConfig(stage="consolidate"))
     import_checkpoint(source, tmp_path / "megatron", options=UNVERIFIED)

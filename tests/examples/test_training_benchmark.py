@@ -52,7 +52,7 @@ def test_unknown_suite_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "speed: known are attention,pooling,step" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_of_a_side_is_that_of_its_tensors() -> None:
     """q, k, v, output, their gradients and two rotated copies: at least 11, at most 30 tensors of one size."""
     shape = training_attention.Shape(2048, 4, 4, 64)

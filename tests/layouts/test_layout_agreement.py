@@ -1,6 +1,6 @@
 """The same losses, gradients and decisions in every layout as on one rank.
 
-``make test`` runs a choice that covers each mechanism; the whole matrix, with 20 steps each, is marked slow.
+``make test`` runs a choice that covers each mechanism; the whole matrix, with 20 steps each, is marked exhaustive.
 """
 
 import pytest
@@ -52,7 +52,7 @@ def test_layout_agrees(laboratory, layout):
     assert_agree(run, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_agrees_for_20_steps(laboratory, layout):
     where = LAYOUTS[layout]
@@ -62,7 +62,7 @@ def test_layout_agrees_for_20_steps(laboratory, layout):
     assert_agree(run, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("model", "layout"), [(model, layout) for model in MODELS for layout in MODELS[model][1]])
 def test_layout_agrees_for_every_model(laboratory, model, layout):
     variant, where = MODELS[model][0], LAYOUTS[layout]
@@ -78,7 +78,7 @@ def test_layout_agrees_in_zero_out(laboratory):
     assert_agree(run, laboratory.reference(ZERO_OUT, QUICK_STEPS))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", [ZERO_OUT, ZERO_OUT_DOCUMENTS, RETROFIT], ids=["zero_out", "documents", "retrofit"])
 @pytest.mark.parametrize("layout", ["tp2_sp_pp2_vp2", "cp2_pp2", "dp2_distributed_optimizer", "recompute_uniform"])
 def test_layout_agrees_in_other_stages(laboratory, variant, layout):

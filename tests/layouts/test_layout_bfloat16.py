@@ -33,7 +33,7 @@ def test_layout_bfloat16_counts_survive_the_pipeline(laboratory):
         np.testing.assert_array_equal(run.gradients[name], expected, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", ["tp2_sp_pp2", "cp2_pp2", "dp2_tp2_distributed_optimizer", "recompute_selective"])
 def test_layout_bfloat16_agrees(laboratory, layout):
     where = LAYOUTS[layout]

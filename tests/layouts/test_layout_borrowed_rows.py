@@ -21,8 +21,8 @@ def _borrowed_and_other_rows(run, layer):
     [
         ("tp2_pp2", ()),
         ("dp2", ("--bf16", *DISTRIBUTED_OPTIMIZER)),
-        pytest.param("dp2", ("--bf16",), marks=pytest.mark.slow),
-        pytest.param("dp2", DISTRIBUTED_OPTIMIZER, marks=pytest.mark.slow),
+        pytest.param("dp2", ("--bf16",), marks=pytest.mark.exhaustive),
+        pytest.param("dp2", DISTRIBUTED_OPTIMIZER, marks=pytest.mark.exhaustive),
     ],
 )
 def test_layout_borrowed_rows_stay_zero(laboratory, layout, switches):

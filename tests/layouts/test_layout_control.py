@@ -18,7 +18,7 @@ LOSS_SPACING = float(np.spacing(np.float32(5.0)))
 """Between neighbouring float32 numbers of the size of the LM loss: the least that can differ."""
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_layout_tolerances_are_within_ten_times_the_control(laboratory):
     alone = laboratory.reference(CONTROL, STEPS)

@@ -23,7 +23,7 @@ def test_layout_documents_start_after_the_end_of_the_former(laboratory):
     assert max(len(row) for starts, _ in seen for row in starts) >= 3
 
 
-@pytest.mark.parametrize("layout", ["pp4", pytest.param("cp2_tp2_sp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["pp4", pytest.param("cp2_tp2_sp", marks=pytest.mark.exhaustive)])
 def test_layout_documents_reach_every_rank(laboratory, layout):
     where = LAYOUTS[layout]
     (alone,) = _seen(laboratory, 1)

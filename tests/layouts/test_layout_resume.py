@@ -27,7 +27,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("change", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("change", [*QUICK, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SLOW)])
 def test_layout_resume(laboratory, change):
     before, after = (QUICK | SLOW)[change]
     save = laboratory.path(f"resume_{change}")

@@ -8,7 +8,7 @@ from tests.layouts.cases import LAYOUTS, WHOLE_SEGMENT
 FLAGS = {"train_iters": 4, "split": "70,30,0", "eval_iters": 2, "eval_global_batch_size": 4, "eval_micro_batch_size": 1}
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp_pp2_vp2", pytest.param("cp2_tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["tp2_sp_pp2_vp2", pytest.param("cp2_tp2", marks=pytest.mark.exhaustive)])
 def test_layout_validation(laboratory, layout):
     where = LAYOUTS[layout]
     alone = laboratory.train(WHOLE_SEGMENT, 1, eval_interval=2, watched=2, **FLAGS)

@@ -135,7 +135,7 @@ def test_any_shape_window_decisions_documents_and_chunks(case: Case) -> None:
     case.check()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @given(cases())
 @settings(max_examples=500, deadline=None)
 def test_any_shape_at_length(case: Case) -> None:

@@ -7,7 +7,7 @@ import pytest
 from megatron_dmc.cli import main
 from megatron_dmc.errors import EXIT_CHECK_FAILED
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = ["--base-steps", "6", "--zero-out-steps", "1", "--retrofit-steps", "2", "--consolidate-steps", "1"]
 SIZES = ["--seq-length", "64", "--global-batch-size", "4", "--micro-batch-size", "4", "--eval-sequences", "4"]
 
