@@ -19,6 +19,8 @@ from megatron_dmc.files import write_json
 RUN_FILE = "run.json"
 STEPS_FOLDER = "steps"
 LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.jsonl"
+"""In the directory of a stage: one JSON line per training step."""
 
 
 class RunDirectory:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_dmc.errors import EXIT_USER_ERROR, InfrastructureError
 from megatron_dmc.progress import progress
-from megatron_dmc.training.metrics_file import METRICS_FILE
+from megatron_dmc.run_directory import METRICS_FILE
 
 LOG_FILE = "train.log"
 LINES_TO_SHOW = 12

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.files import write_text
-
-METRICS_FILE = "metrics.jsonl"
+from megatron_dmc.run_directory import METRICS_FILE
 
 
 class MetricsFile:

@@ -46,6 +46,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [["torch_dist"], ["torch", 2, 2]], ids=["torch_dist", "legacy"])
 def test_the_peak_is_that_of_one_layer_whatever_the_depth(tmp_path, layout):
     folders = [tmp_path / str(num_layers) for num_layers in (2, 10)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_kernels_in_interpreter() -> None:
     """In a process of their own: the interpreter must be chosen before Triton is imported."""
     pytest.importorskip("triton")

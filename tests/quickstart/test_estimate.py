@@ -36,8 +36,8 @@ def test_needs_grow_with_the_model():
 @pytest.mark.parametrize(
     ("needed", "message"),
     [
-        (Estimate(1e15, 1, 1), "1000000.0 GB of memory, free are"),
-        (Estimate(1, 1e15, 1), "1000000.0 GB of disk, free are"),
+        (Estimate(1e15, 1, 1), "1000.0 TB of memory, free are"),
+        (Estimate(1, 1e15, 1), "1000.0 TB of disk, free are"),
         (Estimate(1, 1, 8000), "about 2 h 13 min, --max-hours allows 2"),
     ],
 )

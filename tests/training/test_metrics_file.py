@@ -2,7 +2,8 @@
 
 import json
 
-from megatron_dmc.training.metrics_file import METRICS_FILE, MetricsFile
+from megatron_dmc.run_directory import METRICS_FILE
+from megatron_dmc.training.metrics_file import MetricsFile
 
 
 def steps(directory):
