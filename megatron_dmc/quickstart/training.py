@@ -55,14 +55,14 @@ def run_stages(stages: Sequence[StageRun]) -> None:
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(_started(stage, len(stages))) for stage in stages]
         advance = stack.enter_context(progress(f"training {name}", total, "steps", done=done))
-        while any(process.poll() is None for process in processes):
+        codes: list[int | None] = [None]
+        # One that failed ends the others, with the block.
+        while None in codes and not any(codes):
             time.sleep(SECONDS_BETWEEN_LOOKS)
             now = sum(stage.steps_done for stage in stages)
             advance(max(0, now - done))
             done = max(done, now)
-            if any(process.returncode for process in processes):
-                break  # the others are ended with the block
-        codes = [process.returncode for process in processes]
+            codes = [process.poll() for process in processes]
     for stage, code in zip(stages, codes, strict=True):
         if code:
             _fail(code, stage.directory / LOG_FILE)

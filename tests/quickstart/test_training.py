@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -62,8 +63,10 @@ def test_a_killed_process_is_told_with_the_end_of_its_log(tmp_path):
 
 
 def test_a_failure_ends_the_neighbour(tmp_path):
+    start = time.monotonic()
     with pytest.raises(InfrastructureError):
         run_stages([stage(tmp_path, "hanging", "hang"), stage(tmp_path, "dying", "die")])
+    assert time.monotonic() - start < 30  # the neighbour would hang for 60
 
 
 def test_an_interruption_ends_the_processes(tmp_path):
