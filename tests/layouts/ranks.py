@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import signal
 import socket
 import sys
@@ -103,9 +104,15 @@ def _logs(directory: Path) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, below those from which the system serves outgoing connections.
+
+    One of the latter may be taken by a rank of another case before the first rank of this one binds it.
+    """
+    while True:
+        port = random.randint(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(function: Any, args: Any, kwargs: Any, environment: dict[str, str], log: Path, connection: Any) -> None:
