@@ -57,7 +57,7 @@ class Recipe:
     zero_out: Training = Training(60, 1e-3, 1e-3)
     retrofit: Training = Training(1600, 1e-3, 1e-3)
     consolidate: Training = Training(1300, 1e-3, 1e-4, "cosine")
-    dmc: DMCConfig = field(default_factory=lambda: DMCConfig(loss_weight=1.0))
+    dmc: DMCConfig = field(default_factory=lambda: DMCConfig(loss_weight=0.7))
     seq_length: int = 256
     micro_batch_size: int | None = None
     eval_sequences: int = 512

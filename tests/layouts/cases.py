@@ -33,7 +33,6 @@ LAYOUTS = {
     "pp2": Layout(2, PIPELINE),
     "pp4": Layout(4, ("--pipeline-model-parallel-size", "4")),
     "pp2_vp2": Layout(2, INTERLEAVED),
-    "pp2_vp2_batched": Layout(2, (*INTERLEAVED, "--no-overlap-p2p-communication")),
     "pp2_vp2_groups": Layout(2, (*INTERLEAVED, "--microbatch-group-size-per-virtual-pipeline-stage", "4")),
     "pp2_uneven": Layout(2, (*PIPELINE, "--decoder-first-pipeline-num-layers", "1")),
     "cp2": Layout(2, CONTEXT),
