@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
 
 
-class Source:
+class Source(ABC):
     """A model whose tensors can be read one after the other, under Hugging Face names.
 
     Attributes:
@@ -41,9 +42,9 @@ class Source:
     dmc: DMCConfig | None
     _last: tuple[Entry, Sequence[Tensor]] | None = None
 
+    @abstractmethod
     def parts(self, entry: Entry) -> Sequence[Tensor]:
         """The Hugging Face tensors of an entry of the table."""
-        raise NotImplementedError
 
     def names(self) -> list[str]:
         """Every tensor, in the order of the forward pass."""
