@@ -51,6 +51,8 @@ class Recipe:
     """All settings of a run; equal recipes give equal runs. Defaults: the small model.
 
     ``base`` has no steps where the user brings a model. ``micro_batch_size``: sequences at once; None = a whole batch.
+    ``retrofit_temperature``: of the decisions while the target rises; None = as in ``dmc``. Softer decisions let the
+    gradient of more tokens say which heads can merge; ``consolidate`` then hardens them.
     """
 
     base: Training = Training(640, 3e-3, 3e-4, "cosine", 50, batch_size=12)
@@ -58,6 +60,7 @@ class Recipe:
     retrofit: Training = Training(1600, 1e-3, 1e-3)
     consolidate: Training = Training(1300, 1e-3, 1e-4, "cosine")
     dmc: DMCConfig = field(default_factory=lambda: DMCConfig(loss_weight=0.7))
+    retrofit_temperature: float | None = 0.6
     seq_length: int = 256
     micro_batch_size: int | None = None
     eval_sequences: int = 512
@@ -117,6 +120,7 @@ def user_model_recipe() -> Recipe:
         retrofit=Training(300, 3e-5, 3e-5, batch_size=16),
         consolidate=Training(150, 3e-5, 3e-6, "cosine", batch_size=16),
         dmc=DMCConfig(),
+        retrofit_temperature=None,
         micro_batch_size=1,
     )
 
@@ -146,12 +150,17 @@ def flags(recipe: Recipe, name: str, *, control: bool = False) -> list[str]:
         "--dmc-total-samples": recipe.total_samples,
         "--dmc-first-sample": recipe.first_sample(name),
     }
-    plain = control or name == "base"
-    stored = dataclasses.replace(recipe.dmc, stage="off" if plain else name).to_dict()
-    for key, value in stored.items():
+    for key, value in _dmc(recipe, name, plain=control or name == "base").to_dict().items():
         if key != "schema_version" and value is not None:
             settings["--dmc-" + key.replace("_", "-")] = value
     return [str(part) for pair in settings.items() for part in pair]
+
+
+def _dmc(recipe: Recipe, name: str, *, plain: bool) -> DMCConfig:
+    settings = dataclasses.replace(recipe.dmc, stage="off" if plain else name)
+    if name != "retrofit" or recipe.retrofit_temperature is None:
+        return settings
+    return dataclasses.replace(settings, temperature=recipe.retrofit_temperature)
 
 
 def shape_flags(llama: LlamaConfig) -> list[str]:

@@ -41,6 +41,12 @@ def test_every_setting_of_dmc_is_passed_on():
     assert "--dmc-stop-at-cr" not in given
 
 
+def test_decisions_are_softer_only_while_the_target_rises():
+    temperatures = {stage: parsed(flags(SMALL, stage))["--dmc-temperature"] for stage in STAGES[1:]}
+    assert temperatures == {"zero_out": "0.1", "retrofit": "0.6", "consolidate": "0.1"}
+    assert parsed(flags(user_model_recipe(), "retrofit"))["--dmc-temperature"] == "0.1"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
