@@ -112,7 +112,7 @@ def _line(
     steps, found = points
     if not steps:
         return None
-    mean = smoothed(list(found), max(1, len(found) // 50))
+    mean = smoothed(found)
     if values:
         axes.plot(steps, found, color=color, alpha=0.25, linewidth=0.8)
     axes.plot(steps, mean, color=color, linewidth=1.6, linestyle=linestyle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,9 @@ def join(stages: list[StageMetrics]) -> Curve:
     return curve
 
 
-def smoothed(values: list[float], window: int) -> list[float]:
-    """Running mean over the last ``window`` values."""
+def smoothed(values: Sequence[float], window: int | None = None) -> list[float]:
+    """Running mean over the last ``window`` values; None: over a fiftieth of them."""
+    window = window or max(1, len(values) // 50)
     result, total = [], 0.0
     for index, value in enumerate(values):
         total += value

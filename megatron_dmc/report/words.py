@@ -107,4 +107,4 @@ def _last(curve: Curve, key: str) -> float | None:
 def _at(curve: Curve, key: str, last_step: int) -> float | None:
     """Running mean of ``key`` at ``last_step``."""
     values = [value for step, value in zip(*curve.of(key), strict=True) if step <= last_step]
-    return smoothed(values, max(1, len(values) // 20))[-1] if values else None
+    return smoothed(values)[-1] if values else None
