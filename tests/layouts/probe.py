@@ -157,10 +157,15 @@ def _gather_shards(chunk: Any) -> None:
 
 
 def _global_name(name: str, chunk: Any) -> str:
-    """Parameter name with the number of its layer in the whole model instead of its place in the chunk."""
+    """Parameter name with the number of its layer in the whole model instead of its place in the chunk.
+
+    A tied output layer on a pipeline stage of its own is a replica of the embedding.
+    """
     while hasattr(chunk, "module"):
         chunk = chunk.module
         name = name.removeprefix("module.")
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
     if found := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
         number = chunk.decoder.layers[int(found[1])].layer_number - 1
         return f"decoder.layers.{number}.{found[2]}"

@@ -1,6 +1,7 @@
 """The same losses, gradients and decisions in every layout as on one rank.
 
-``make test`` runs a choice that covers each mechanism; the whole matrix, with 20 steps each, is marked exhaustive.
+``make test`` runs a choice that covers each mechanism; the whole matrix is marked exhaustive: every layout for 20 steps,
+and for a few steps the other models and stages.
 """
 
 import pytest
@@ -21,7 +22,7 @@ from tests.layouts.cases import (
 )
 from tests.layouts.laboratory import TARGET_CR
 
-QUICK_STEPS = 3
+FEW_STEPS = 3
 STEPS = 20
 
 QUICK = {
@@ -46,8 +47,8 @@ MODELS = {
 @pytest.mark.parametrize("layout", QUICK)
 def test_layout_agrees(laboratory, layout):
     variant, where = QUICK[layout], LAYOUTS[layout]
-    run = laboratory.train(variant, where.ranks, where.switches, train_iters=QUICK_STEPS)
-    reference = laboratory.reference(variant, QUICK_STEPS)
+    run = laboratory.train(variant, where.ranks, where.switches, train_iters=FEW_STEPS)
+    reference = laboratory.reference(variant, FEW_STEPS)
     assert_telling(reference, TARGET_CR)
     assert_agree(run, reference)
 
@@ -66,16 +67,16 @@ def test_layout_agrees_for_20_steps(laboratory, layout):
 @pytest.mark.parametrize(("model", "layout"), [(model, layout) for model in MODELS for layout in MODELS[model][1]])
 def test_layout_agrees_for_every_model(laboratory, model, layout):
     variant, where = MODELS[model][0], LAYOUTS[layout]
-    run = laboratory.train(variant, where.ranks, where.switches, train_iters=STEPS)
-    reference = laboratory.reference(variant, STEPS)
+    run = laboratory.train(variant, where.ranks, where.switches, train_iters=FEW_STEPS)
+    reference = laboratory.reference(variant, FEW_STEPS)
     assert_telling(reference, TARGET_CR)
     assert_agree(run, reference)
 
 
 def test_layout_agrees_in_zero_out(laboratory):
     where = LAYOUTS["cp2_tp2_sp"]
-    run = laboratory.train(ZERO_OUT, where.ranks, where.switches, train_iters=QUICK_STEPS)
-    assert_agree(run, laboratory.reference(ZERO_OUT, QUICK_STEPS))
+    run = laboratory.train(ZERO_OUT, where.ranks, where.switches, train_iters=FEW_STEPS)
+    assert_agree(run, laboratory.reference(ZERO_OUT, FEW_STEPS))
 
 
 @pytest.mark.exhaustive
@@ -83,5 +84,5 @@ def test_layout_agrees_in_zero_out(laboratory):
 @pytest.mark.parametrize("layout", ["tp2_sp_pp2_vp2", "cp2_pp2", "dp2_distributed_optimizer", "recompute_uniform"])
 def test_layout_agrees_in_other_stages(laboratory, variant, layout):
     where = LAYOUTS[layout]
-    run = laboratory.train(variant, where.ranks, where.switches, train_iters=STEPS)
-    assert_agree(run, laboratory.reference(variant, STEPS))
+    run = laboratory.train(variant, where.ranks, where.switches, train_iters=FEW_STEPS)
+    assert_agree(run, laboratory.reference(variant, FEW_STEPS))

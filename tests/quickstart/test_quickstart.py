@@ -1,8 +1,10 @@
 """The main job with a few steps: every part is the real one."""
 
 import json
+import shutil
 
 import pytest
+import torch
 
 from megatron_dmc.cli import main
 from megatron_dmc.errors import EXIT_CHECK_FAILED
@@ -63,6 +65,29 @@ def test_a_finished_run_prints_its_report_again(run, capsys):
 def test_another_configuration_is_refused(run, capsys):
     assert main(["quickstart", "--output", str(run), *STEPS, *SIZES, "--target-cr", "2"]) == 1
     assert "recipe.dmc.target_cr: 4.0 there, 2.0 here" in capsys.readouterr().err
+
+
+def test_a_users_own_model(run, tmp_path):
+    """A Llama that transformers itself wrote, in bfloat16, takes the place of the base."""
+    transformers = pytest.importorskip("transformers")
+    model, output = tmp_path / "model", tmp_path / "run"
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
+    for file in (run / "base_hf").glob("tokenizer*"):
+        shutil.copy(file, model)
+    command = ["quickstart", "--hf-model", str(model), "--output", str(output), *STEPS[2:], *SIZES]
+    assert main(command) == EXIT_CHECK_FAILED
+    found = report(output)
+    assert [stage["name"] for stage in found["stages"]][:3] == ["zero_out", "retrofit", "consolidate"]
+    assert len(json.loads((output / "generation.json").read_text())["results"]) == 1
 
 
 def test_too_little_data_is_said_before_training(tmp_path, capsys):
