@@ -1,7 +1,7 @@
 """The same losses, gradients and decisions in every layout as on one rank.
 
-``make test`` runs a choice that covers each mechanism; the whole matrix is marked exhaustive: every layout for 20 steps,
-and for a few steps the other models and stages.
+``make test`` runs a choice that covers each mechanism. The whole matrix is marked exhaustive: every layout for 20
+steps, and the other models and stages for a few.
 """
 
 import pytest
