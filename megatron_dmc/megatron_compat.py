@@ -32,7 +32,8 @@ def check_version() -> str:
             f"{error}; megatron_dmc needs the engine: pip install 'megatron-core[training]>=0.19.2,<0.21'"
         ) from error
     version = str(megatron.core.__version__)
-    if version not in TESTED_VERSIONS:
+    # Wheels add the commit they were built from: 0.19.2+719bd7e.
+    if version.partition("+")[0] not in TESTED_VERSIONS:
         tested = ", ".join(TESTED_VERSIONS)
         warnings.warn(f"megatron-core {version} is untested; this release was tested with {tested}", stacklevel=2)
     return version
@@ -158,7 +159,8 @@ def keep_adam_steps() -> None:
     """Let checkpoints of the distributed optimizer load with torch's AdamW (no Transformer Engine, no apex).
 
     AdamW keeps a step count per parameter where Megatron expects one per group: the state is missing before the first
-    step, one tensor is shared by all parameters after loading, and the key is absent when parameters are set.
+    step, one tensor is shared by all parameters after loading, and the key is absent when parameters are set. Float32
+    parameters are views of the model's leaves, which autograd lets nobody overwrite while it records.
     """
     import torch
 
@@ -191,7 +193,8 @@ def keep_adam_steps() -> None:
     def set_with_step(self: Any, model_param: Any, tensors: Any, *args: Any, **kwargs: Any) -> None:
         if uses_adamw(self):
             tensors = {**tensors, "step": tensors.get("step")}
-        set_states(self, model_param, tensors, *args, **kwargs)
+        with torch.no_grad():
+            set_states(self, model_param, tensors, *args, **kwargs)
 
     optimizer_class.sharded_state_dict = sharded_with_state
     optimizer_class.load_state_dict = load_with_own_steps

@@ -11,9 +11,6 @@ STEPS = 3
 LOSS = 0.02
 """Absolute, of an LM loss of 5: 2**-8 of it."""
 
-GRADIENT = 0.05
-"""Relative: a dozen roundings to 8 bits between loss and weight."""
-
 
 def test_layout_bfloat16_agrees_with_float32(laboratory):
     half, full = laboratory.reference(BFLOAT16, STEPS), laboratory.reference(WHOLE_SEGMENT, STEPS)
@@ -36,9 +33,11 @@ def test_layout_bfloat16_counts_survive_the_pipeline(laboratory):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", ["tp2_sp_pp2", "cp2_pp2", "dp2_tp2_distributed_optimizer", "recompute_selective"])
 def test_layout_bfloat16_agrees(laboratory, layout):
+    """A layout moves the gradients less than bfloat16 itself moves them on one rank."""
     where = LAYOUTS[layout]
     run = laboratory.train(BFLOAT16, where.ranks, where.switches, train_iters=STEPS)
-    agreement = compare(run, laboratory.reference(BFLOAT16, STEPS))
+    alone, full = laboratory.reference(BFLOAT16, STEPS), laboratory.reference(WHOLE_SEGMENT, STEPS)
+    agreement = compare(run, alone)
     print(agreement)
     assert agreement.curve <= LOSS
-    assert agreement.gradient <= GRADIENT
+    assert agreement.gradient <= compare(alone, full).gradient
