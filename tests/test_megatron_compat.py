@@ -29,6 +29,18 @@ def test_a_missing_symbol_or_parameter_is_named_with_the_versions(monkeypatch, n
         megatron_compat.symbol("engine_stand_in", name, parameters)
 
 
+@pytest.mark.parametrize(("version", "warned"), [("0.19.2", False), ("0.19.2+719bd7e", False), ("0.19.3", True)])
+def test_an_untested_version_is_told(monkeypatch, recwarn, version, warned):
+    core, training = types.ModuleType("megatron.core"), types.ModuleType("megatron.training")
+    core.__version__ = version
+    package = types.ModuleType("megatron")
+    package.core, package.training = core, training
+    for module in (package, core, training):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert megatron_compat.check_version() == version
+    assert bool(recwarn) == warned
+
+
 def test_replacing_twice_wraps_once(monkeypatch):
     module = stand_in(monkeypatch, work=lambda: "original")
     for _ in range(2):
