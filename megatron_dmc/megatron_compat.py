@@ -32,7 +32,7 @@ def check_version() -> str:
             f"{error}; megatron_dmc needs the engine: pip install 'megatron-core[training]>=0.19.2,<0.21'"
         ) from error
     version = str(megatron.core.__version__)
-    # Wheels add the commit they were built from: 0.19.2+719bd7e.
+    # Core adds the commit of the repository around its files, ours where .venv lies in it: 0.19.2+719bd7e.
     if version.partition("+")[0] not in TESTED_VERSIONS:
         tested = ", ".join(TESTED_VERSIONS)
         warnings.warn(f"megatron-core {version} is untested; this release was tested with {tested}", stacklevel=2)
