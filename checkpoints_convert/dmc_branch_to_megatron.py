@@ -14,11 +14,11 @@ from checkpoints_convert.megatron_to_hf import state_vocabulary
 from checkpoints_convert.megatron_writer import ANY_LAYOUT, write_megatron
 from checkpoints_convert.model_card import CardFacts
 from checkpoints_convert.options import DEFAULTS, Options
-from checkpoints_convert.source import MegatronSource
 from checkpoints_convert.verify import check_conversion
 from megatron_dmc.checkpoint.locate import LEGACY, locate
+from megatron_dmc.checkpoint.source import MegatronSource
 from megatron_dmc.config import BF16_DECISION_THRESHOLD, BF16_IMPORTANCE_EPSILON, DMCConfig
-from megatron_dmc.files import new_directory
+from megatron_dmc.support.files import new_directory
 
 MEGATRON_FOLDER, HUGGING_FACE_FOLDER = "megatron", "hugging_face"
 RELEASE_WINDOW_SIZE = 12

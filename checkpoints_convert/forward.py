@@ -3,7 +3,7 @@
 Run as ``python -m checkpoints_convert.forward JOB.json``. The layers are those of another code base than this one:
 transformers' for a Hugging Face directory, Megatron's for a Megatron checkpoint; the weights of one layer are in
 memory at a time, and everything is computed in float32 on the CPU. A process of its own, because Megatron on the
-CPU changes the process it runs in (``megatron_dmc.host``), and to give the memory back.
+CPU changes the process it runs in (``megatron_dmc.seam.host``), and to give the memory back.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_dmc import host
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, locate
-from megatron_dmc.errors import CheckFailed
+from megatron_dmc.seam import host
+from megatron_dmc.support.errors import CheckFailed
 
 LOGITS = "logits"
 _VOCABULARY_BLOCK = 8192

@@ -13,13 +13,13 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from checkpoints_convert import layouts
-from checkpoints_convert.decision_neurons import clear_rows
-from checkpoints_convert.param_map import EMBEDDING_ROW, OUTPUT_LAYER, Entry, entries
-from checkpoints_convert.source import MegatronSource
 from megatron_dmc.checkpoint.legacy import LOCAL_SPEC_NAMES
 from megatron_dmc.checkpoint.locate import locate
 from megatron_dmc.checkpoint.settings import megatron_arguments
+from megatron_dmc.checkpoint.source import MegatronSource
+from megatron_dmc.models import fusion
+from megatron_dmc.models.borrowed_channel import clear_rows
+from megatron_dmc.models.tensors import EMBEDDING_ROW, OUTPUT_LAYER, Entry, entries
 
 _LAYER_PREFIX = "decoder.layers.*."
 
@@ -60,7 +60,7 @@ class MegatronModel:
             if entry.layer == index:
                 weight = self._source.fused(entry).float()
                 weights[_local_spec_name(entry)] = (
-                    self._cleared(weight) if entry.mapping.layout is layouts.QKV else weight
+                    self._cleared(weight) if entry.mapping.layout is fusion.QKV else weight
                 )
         layer.load_state_dict(weights, assign=True)
         length = hidden.shape[1]

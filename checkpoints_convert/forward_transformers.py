@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from checkpoints_convert.decision_neurons import clear_rows
-from checkpoints_convert.hf_directory import HuggingFaceDirectory
+from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
+from megatron_dmc.models.borrowed_channel import clear_rows
 
 # Of another class than LlamaConfig, or about the file rather than the model.
 _NOT_LLAMA_SETTINGS = frozenset({"model_type", "architectures", "dmc", "sliding_window", "dtype", "torch_dtype"})

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from checkpoints_convert.layouts import MegatronShape, padded_vocab_size
 from checkpoints_convert.megatron_writer import ANY_LAYOUT, MegatronLayout, write_megatron
 from checkpoints_convert.options import DEFAULTS, Options
 from checkpoints_convert.plan import plan_lines
-from checkpoints_convert.source import HuggingFaceSource, open_source
 from checkpoints_convert.verify import check_conversion
+from megatron_dmc.checkpoint.source import HuggingFaceSource, open_source
+from megatron_dmc.models.fusion import MegatronShape, padded_vocab_size
 
 
 def import_checkpoint(

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_convert import companions
-from checkpoints_convert.hf_directory import INDEX_NAME, SINGLE_NAME
-from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.model_card import CardFacts, model_card
 from checkpoints_convert.options import Options
-from checkpoints_convert.param_map import Entry, entries
 from checkpoints_convert.sizes import entry_bytes, weight_bytes
-from checkpoints_convert.source import Source
 from checkpoints_convert.streams import WRITER_THREADS, HashedFile
+from megatron_dmc.checkpoint import companions
+from megatron_dmc.checkpoint.hf_directory import INDEX_NAME, SINGLE_NAME
 from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
+from megatron_dmc.checkpoint.source import Source
 from megatron_dmc.checkpoint.torch_file import tensor_memory
-from megatron_dmc.files import new_directory, write_json, write_text
-from megatron_dmc.llama import LlamaConfig, to_hf_config
-from megatron_dmc.progress import Advance, progress
+from megatron_dmc.models.config import LlamaConfig, to_hf_config
+from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.tensors import Entry, entries
+from megatron_dmc.support.files import new_directory, write_json, write_text
+from megatron_dmc.support.progress import Advance, progress
 
 SHARD_BYTES = 2_000_000_000
 """Size of a shard: several are written at one time, and even a 7B model should have enough of them."""

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.hf_directory import HuggingFaceDirectory
-from checkpoints_convert.source import MegatronSource
 from megatron_dmc.checkpoint.guard import check_checkpoint
+from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
 from megatron_dmc.checkpoint.manifest import manifest_problems, read_manifest
-from megatron_dmc.progress import amount
+from megatron_dmc.checkpoint.source import MegatronSource
+from megatron_dmc.support.progress import amount
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from checkpoints_convert.layouts import MegatronShape
-from checkpoints_convert.param_map import EMBEDDING_ROW, EXTRA_STATE_MODULES, OUTPUT_LAYER, Entry, entries
 from megatron_dmc.checkpoint.legacy import FILE_NAME, LOCAL_SPEC_NAMES, rank_directory
 from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file, tensor_memory
-from megatron_dmc.progress import Advance
+from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.tensors import EMBEDDING_ROW, EXTRA_STATE_MODULES, OUTPUT_LAYER, Entry, entries
+from megatron_dmc.support.progress import Advance
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints_convert.decision_neurons import clear_borrowed_rows
 from checkpoints_convert.hf_writer import write_hugging_face
 from checkpoints_convert.model_card import CardFacts
 from checkpoints_convert.options import DEFAULTS, Options
-from checkpoints_convert.param_map import Entry
 from checkpoints_convert.plan import plan_lines
-from checkpoints_convert.source import MegatronSource, Source, open_source
 from checkpoints_convert.verify import check_conversion
+from megatron_dmc.checkpoint.source import MegatronSource, Source, open_source
+from megatron_dmc.models.borrowed_channel import clear_borrowed_rows
+from megatron_dmc.models.tensors import Entry
 
 
 def export_checkpoint(

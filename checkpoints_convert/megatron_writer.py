@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from checkpoints_convert import companions
-from checkpoints_convert.layouts import VOCAB_MULTIPLE, MegatronShape, padded_vocab_size
 from checkpoints_convert.legacy_writer import TRANSFORMER_ENGINE, LegacyCut, write_legacy
 from checkpoints_convert.options import Options
-from checkpoints_convert.param_map import Entry
 from checkpoints_convert.sizes import megatron_bytes
-from checkpoints_convert.source import Source
 from checkpoints_convert.torch_dist_writer import write_torch_dist
+from megatron_dmc.checkpoint import companions
 from megatron_dmc.checkpoint.locate import LEGACY, RELEASE, TORCH_DIST, TRACKER
 from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.settings import dmc_arguments, megatron_arguments
-from megatron_dmc.files import new_directory, write_text
-from megatron_dmc.llama import LlamaConfig
-from megatron_dmc.progress import progress
+from megatron_dmc.checkpoint.source import Source
+from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.fusion import VOCAB_MULTIPLE, MegatronShape, padded_vocab_size
+from megatron_dmc.models.tensors import Entry
+from megatron_dmc.support.files import new_directory, write_text
+from megatron_dmc.support.progress import progress
 
 
 @dataclass(frozen=True)

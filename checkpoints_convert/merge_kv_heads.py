@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_convert import layouts
 from checkpoints_convert.hf_writer import write_hugging_face
 from checkpoints_convert.megatron_to_hf import state_vocabulary
 from checkpoints_convert.megatron_writer import ANY_LAYOUT, write_megatron
 from checkpoints_convert.options import DEFAULTS, Options
-from checkpoints_convert.param_map import Entry, by_hf_name
-from checkpoints_convert.source import MegatronSource, Source, open_source
 from checkpoints_convert.verify import check_conversion
+from megatron_dmc.checkpoint.source import MegatronSource, Source, open_source
+from megatron_dmc.models import fusion
+from megatron_dmc.models.tensors import Entry, by_hf_name
 
 
 def merge_kv_heads(
@@ -65,7 +65,7 @@ class MergedHeads(Source):
     def parts(self, entry: Entry) -> Sequence[Tensor]:
         original, _ = by_hf_name(self._model.llama)[entry.hf_names[0]]
         parts = self._model.parts(original)
-        if entry.mapping.layout is not layouts.QKV:
+        if entry.mapping.layout is not fusion.QKV:
             return parts
         q, k, v = parts
         return (q, self._averaged(k), self._averaged(v))

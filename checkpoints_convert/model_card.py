@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.models.config import LlamaConfig
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.sizes import conversion_bytes, megatron_bytes
-from megatron_dmc.progress import amount
+from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.support.progress import amount
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 
 from checkpoints_convert.hf_writer import plan_shards
-from checkpoints_convert.layouts import MegatronShape
-from checkpoints_convert.param_map import entries
 from checkpoints_convert.sizes import (
     conversion_bytes,
     forward_bytes,
@@ -17,7 +15,9 @@ from checkpoints_convert.sizes import (
     megatron_bytes,
     weight_bytes,
 )
-from megatron_dmc.progress import amount
+from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.tensors import entries
+from megatron_dmc.support.progress import amount
 
 
 def plan_lines(shape: MegatronShape, destination: Path, *, to_hugging_face: bool) -> list[str]:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoints_convert.layouts import MegatronShape
-from checkpoints_convert.param_map import EMBEDDING_ROW, Entry, entries
 from checkpoints_convert.streams import WRITER_THREADS
-from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.tensors import EMBEDDING_ROW, Entry, entries
 
 # Anonymous memory of a process that has imported torch; with transformers or Megatron in it as well. Measured:
 # examples/benchmarks/convert.md.

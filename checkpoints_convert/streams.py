@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.progress import Advance
+from megatron_dmc.support.progress import Advance
 
 WRITER_THREADS = 2
 """Files written at one time: SHA-256 keeps a core busy, and each file in work holds its tensors in memory."""

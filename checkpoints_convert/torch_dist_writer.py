@@ -28,12 +28,12 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from checkpoints_convert.layouts import MegatronShape
-from checkpoints_convert.param_map import EXTRA_STATE_MODULES, Entry, entries
 from checkpoints_convert.streams import WRITER_THREADS, HashedFile
 from megatron_dmc.checkpoint.torch_dist import COMMON_STATE_KEY
-from megatron_dmc.files import write_text
-from megatron_dmc.progress import Advance
+from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.tensors import EXTRA_STATE_MODULES, Entry, entries
+from megatron_dmc.support.files import write_text
+from megatron_dmc.support.progress import Advance
 
 # What Megatron's optimizer sharding was; without an optimizer it only has to be a value that Megatron knows.
 _CONTENT_METADATA = {

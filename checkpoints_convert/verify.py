@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_convert.decision_neurons import clear_borrowed_rows
 from checkpoints_convert.forward import LOGITS, ForwardJob, run_forward
-from checkpoints_convert.param_map import Entry, entries
 from checkpoints_convert.sizes import forward_bytes, weight_bytes
-from checkpoints_convert.source import Source, open_source
 from megatron_dmc.checkpoint.locate import locate
 from megatron_dmc.checkpoint.manifest import manifest_problems
+from megatron_dmc.checkpoint.source import Source, open_source
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.errors import CheckFailed
-from megatron_dmc.llama import LlamaConfig
-from megatron_dmc.progress import progress
+from megatron_dmc.models.borrowed_channel import clear_borrowed_rows
+from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.tensors import Entry, entries
+from megatron_dmc.support.errors import CheckFailed
+from megatron_dmc.support.progress import progress
 
 PROMPTS, PROMPT_TOKENS = 4, 16
 FIRST_LAYERS = 2

@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dmc.config import BF16_IMPORTANCE_EPSILON, DMCConfig
-from megatron_dmc.errors import EXIT_CHECK_FAILED, EXIT_DONE, EXIT_USER_ERROR
 from megatron_dmc.methods import dmc
 from megatron_dmc.ops import decisions, kv_pooling, masked_attention
 from megatron_dmc.ops.cache_update.reference import decode
@@ -30,6 +29,7 @@ from megatron_dmc.ops.compressed_attention.reference import rotated
 from megatron_dmc.ops.kv_pooling import reference as plain_pooling
 from megatron_dmc.ops.masked_attention import reference as plain_masked_attention
 from megatron_dmc.ops.rope import cos_sin, faded_rotation, inverse_frequencies, rotate
+from megatron_dmc.support.errors import EXIT_CHECK_FAILED, EXIT_DONE, EXIT_USER_ERROR
 from tests.inference.paged_decode import paged_decode
 from tests.tolerances import GOLDEN_GRADIENT, GOLDEN_OUTPUT, gradient_error, output_error
 

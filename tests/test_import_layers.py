@@ -10,35 +10,36 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("megatron_dmc", "checkpoints_convert", "examples")
 
-LEAVES = frozenset(
-    {"megatron_dmc", "config", "llama", "files", "errors", "progress", "findings", "run_directory", "doctor"}
-)
-"""Modules of the top level that need no other part; ``megatron_dmc`` stands for the version and DMCConfig."""
+LEAVES = frozenset({"megatron_dmc", "config", "support", "stages"})
+"""Parts that need no other one but those of them before; ``megatron_dmc`` stands for the version and DMCConfig."""
 
 ALLOWED = {
-    "ops": LEAVES,
-    "methods": LEAVES | {"ops"},
-    "model": LEAVES | {"ops", "methods", "megatron_compat"},
-    "checkpoint": LEAVES,
-    "data": LEAVES,
-    "host": LEAVES,
-    "megatron_compat": LEAVES,
-    "inference": LEAVES | {"ops", "methods", "checkpoint"},
-    "evaluation": LEAVES | {"ops", "methods", "inference"},
-    "hf": LEAVES | {"ops", "methods", "inference"},
-    "training": LEAVES | {"ops", "methods", "model", "data", "checkpoint", "host", "megatron_compat"},
-    "checkpoints_convert": LEAVES | {"ops", "checkpoint", "hf", "host", "megatron_compat"},
-    "report": LEAVES,
-    "quickstart": LEAVES | {"data", "training", "inference", "evaluation", "checkpoints_convert", "report"},
+    "config": frozenset(),
+    "support": frozenset(),
+    "stages": frozenset({"config"}),
+    "ops": frozenset(),
+    "models": LEAVES | {"ops"},
+    "methods": LEAVES | {"models", "ops"},
+    "checkpoint": LEAVES | {"models"},
+    "data": LEAVES | {"models", "checkpoint"},
+    "seam": LEAVES,
+    "runs": LEAVES,
+    "training": LEAVES | {"models", "ops", "methods", "checkpoint", "data", "runs", "seam"},
+    "inference": LEAVES | {"models", "ops", "methods", "checkpoint"},
+    "evaluation": LEAVES | {"models", "ops", "methods", "inference"},
+    "hf": LEAVES | {"models", "ops", "methods", "inference"},
+    "checkpoints_convert": LEAVES | {"models", "checkpoint", "seam"},
+    "report": LEAVES | {"runs"},
+    "recipes": LEAVES
+    | {"models", "checkpoint", "data", "runs", "seam", "training", "inference", "evaluation", "report"}
+    | {"checkpoints_convert"},
 }
 """Part -> parts that it may import. ``cli`` and ``examples`` may import all of them."""
 
 OUTSIDE = {
     "ops": {"torch", "triton"},
     "config": set(),
-    "llama": set(),
-    "files": set(),
-    "errors": set(),
+    "stages": set(),
 }
 """Part -> the only packages outside the standard library that it may import."""
 

@@ -27,15 +27,15 @@ import torch
 
 from checkpoints_convert.hf_to_megatron import import_checkpoint
 from checkpoints_convert.hf_writer import write_weights
-from checkpoints_convert.layouts import MegatronShape, padded_vocab_size
 from checkpoints_convert.megatron_to_hf import export_checkpoint
 from checkpoints_convert.options import Options
-from checkpoints_convert.param_map import Entry
 from checkpoints_convert.sizes import conversion_bytes, largest_layer_bytes, megatron_bytes, weight_bytes
 from checkpoints_convert.verify import verify
 from examples.benchmarks.measure import Row, add_output_argument, report
-from megatron_dmc.files import sync_file, write_json
-from megatron_dmc.llama import LlamaConfig, to_hf_config
+from megatron_dmc.models.config import LlamaConfig, to_hf_config
+from megatron_dmc.models.fusion import MegatronShape, padded_vocab_size
+from megatron_dmc.models.tensors import Entry
+from megatron_dmc.support.files import sync_file, write_json
 
 LLAMA2_7B = LlamaConfig(4096, 32, 32, 32, 128, 11008, 32000, 4096)
 LLAMA2_70B = LlamaConfig(8192, 80, 64, 8, 128, 28672, 32000, 4096)

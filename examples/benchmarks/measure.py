@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.files import write_json
+from megatron_dmc.support.files import write_json
 
 PACKAGES = ("megatron-dmc", "torch", "megatron-core", "transformers", "triton", "numpy")
 

@@ -71,7 +71,7 @@ def _initialize(flags: list[str]) -> Any:
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_dmc import host
+    from megatron_dmc.seam import host
     from megatron_dmc.training.arguments import add_dmc_arguments
 
     sys.argv = [sys.argv[0], *run.argv]
@@ -87,8 +87,8 @@ class _Step:
         import torch
         from megatron.core.process_groups_config import ProcessGroupCollection
 
-        from megatron_dmc.training.base_checkpoint import Start
         from megatron_dmc.training.model_config import dmc_model_config
+        from megatron_dmc.training.start import Start
 
         args.dmc_stage = stage
         config = dmc_model_config(args, start=Start(llama=None, resumes=True))
@@ -106,7 +106,7 @@ class _Step:
         """Seconds of one forward and backward pass with the optimizer's step."""
         import torch
 
-        from megatron_dmc.model.microbatch import Microbatch
+        from megatron_dmc.training.model.microbatch import Microbatch
 
         microbatch = Microbatch(
             sequence_length=self.tokens.shape[1],

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.checkpoint.bounded import read_json
-from megatron_dmc.files import sha256_file, write_json
+from megatron_dmc.support.files import sha256_file, write_json
 
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1

@@ -17,7 +17,7 @@ from megatron_dmc.checkpoint.locate import LEGACY, TORCH_DIST, locate
 from megatron_dmc.checkpoint.pickles import Name, Record
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.config import SCHEMA_VERSION, DMCConfig
-from megatron_dmc.llama import LlamaConfig, RopeScaling
+from megatron_dmc.models.config import LlamaConfig, RopeScaling
 
 DMC_PREFIX = "dmc_"
 SCHEMA_ARGUMENT = "dmc_schema_version"

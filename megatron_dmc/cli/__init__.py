@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from megatron_dmc.errors import (
+from megatron_dmc.support.errors import (
     EXIT_CHECK_FAILED,
     EXIT_INFRASTRUCTURE,
     EXIT_USER_ERROR,

@@ -190,7 +190,7 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 def _run_inspect(args: argparse.Namespace) -> int:
     from checkpoints_convert.inspect import inspect_checkpoint
-    from megatron_dmc.errors import EXIT_CHECK_FAILED
+    from megatron_dmc.support.errors import EXIT_CHECK_FAILED
 
     inspection = inspect_checkpoint(args.path, hashes=not args.no_hashes)
     if args.json:

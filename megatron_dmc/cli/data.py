@@ -87,7 +87,7 @@ def run_prepare(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """Check and print the findings."""
     from megatron_dmc.data.check import check_cache, check_data_set, check_tokenizers_agree
-    from megatron_dmc.findings import show
+    from megatron_dmc.support.findings import show
 
     findings = [finding for prefix in args.prefixes for finding in check_data_set(prefix, args.tokenizer)]
     if args.tokenizer is not None:

@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine the machine and print what was found."""
-    from megatron_dmc.doctor import examine
-    from megatron_dmc.findings import show
+    from megatron_dmc.seam.doctor import examine
+    from megatron_dmc.support.findings import show
 
     return show(examine(Path.cwd()), as_json=args.json)

@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and insist that the paths agree."""
     from megatron_dmc.evaluation.perplexity import cut_sequences, evaluate
-    from megatron_dmc.progress import progress
+    from megatron_dmc.support.progress import progress
 
     model, companions = open_model(args)
     tokens = _tokens(args, companions, model.llama.vocab_size)

@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Continue the prompts and print texts and cache."""
-    from megatron_dmc.inference.cache_usage import CacheUsage
+    from megatron_dmc.inference.cache.usage import CacheUsage
     from megatron_dmc.inference.engine import Engine
 
     texts = _prompts(args)
@@ -98,7 +98,7 @@ def _requests(args: argparse.Namespace, texts: list[str], tokenizer: Tokenizer) 
 
 def _generate(engine: Any, requests: list[Request]) -> None:
     """Run the engine, with progress."""
-    from megatron_dmc.progress import progress
+    from megatron_dmc.support.progress import progress
 
     engine.submit(requests)
     total = sum(request.sampling.max_new_tokens for request in requests)

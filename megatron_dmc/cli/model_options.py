@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dmc.llama import DTYPES
+from megatron_dmc.models.config import DTYPES
 
 if TYPE_CHECKING:
     from megatron_dmc.data.tokenizer import Tokenizer
-    from megatron_dmc.inference.model import LlamaModel
+    from megatron_dmc.inference.decoder.decoder import LlamaModel
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +42,8 @@ def open_model(args: argparse.Namespace) -> tuple[LlamaModel, Path]:
     """
     import torch
 
-    from checkpoints_convert.source import open_source
-    from megatron_dmc.inference.model import LlamaModel
+    from megatron_dmc.checkpoint.source import open_source
+    from megatron_dmc.inference.decoder.decoder import LlamaModel
 
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_dmc.quickstart.recipe import Recipe
+    from megatron_dmc.recipes.recipe import Recipe
     from megatron_dmc.report.collect import RunFacts
 
 PROMPT = "def read_lines(path):\n"
@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     if args.hf_model is not None:
         _check_model(args, recipe)
-    from megatron_dmc.findings import show
-    from megatron_dmc.quickstart.job import Job, run_job
-    from megatron_dmc.run_directory import open_run
+    from megatron_dmc.recipes.quickstart import Job, run_job
+    from megatron_dmc.runs.directory import open_run
+    from megatron_dmc.support.findings import show
 
     model = None if args.hf_model is None else args.hf_model.resolve()
     configuration = {"recipe": recipe.to_dict(), "prompt": args.prompt, "hf_model": model and str(model)}
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     from megatron_dmc.config import DMCConfig
-    from megatron_dmc.quickstart.recipe import SMALL, user_model_recipe
+    from megatron_dmc.recipes.recipe import SMALL, user_model_recipe
 
     recipe = SMALL if args.hf_model is None else user_model_recipe()
     if args.hf_model is not None and args.base_steps:
@@ -87,8 +87,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _check_model(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuse a model that is no Llama, or that this machine cannot train."""
-    from megatron_dmc.llama import parse_hf_config
-    from megatron_dmc.quickstart.estimate import estimate, measure_peak_flops, refuse_what_cannot_fit
+    from megatron_dmc.models.config import parse_hf_config
+    from megatron_dmc.recipes.estimate import estimate, measure_peak_flops, refuse_what_cannot_fit
 
     llama, dmc = parse_hf_config(args.hf_model)
     if dmc is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_dmc.errors import EXIT_USER_ERROR
+from megatron_dmc.support.errors import EXIT_USER_ERROR
 
 ARGPARSE_USAGE = 2
 

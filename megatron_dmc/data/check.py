@@ -16,8 +16,8 @@ from megatron_dmc.data.tokenizer import (
     SentencePieceTokenizer,
     load_tokenizer,
 )
-from megatron_dmc.files import sha256_file
-from megatron_dmc.findings import Finding
+from megatron_dmc.support.files import sha256_file
+from megatron_dmc.support.findings import Finding
 
 TOKENS_AT_ONCE = 1 << 24
 PREPARE_AGAIN = "prepare the data again"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict, cast, get_type_hints
 
-from megatron_dmc.files import write_json
+from megatron_dmc.support.files import write_json
 
 SCHEMA_VERSION = 1
 

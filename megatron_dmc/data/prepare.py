@@ -21,9 +21,9 @@ from megatron_dmc.data.indexed import IndexedWriter, idx_path
 from megatron_dmc.data.manifest import SCHEMA_VERSION, Manifest, write_manifest
 from megatron_dmc.data.sentencepiece_training import train_tokenizer
 from megatron_dmc.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_dmc.errors import InfrastructureError
-from megatron_dmc.files import new_directory, sha256_file
-from megatron_dmc.progress import progress
+from megatron_dmc.support.errors import InfrastructureError
+from megatron_dmc.support.files import new_directory, sha256_file
+from megatron_dmc.support.progress import progress
 
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 20

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_dmc.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
-from megatron_dmc.files import write_json
+from megatron_dmc.support.files import write_json
 
 PIECE_CHARACTERS = 2000
 """Training reads documents in pieces of whole lines of about this length."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dmc.errors import CheckFailed
 from megatron_dmc.evaluation.scores import Scores
+from megatron_dmc.support.errors import CheckFailed
 
 LOGIT_TOLERANCE = 1e-4
 """A decision may differ only if its logit is this close to the threshold in both paths."""

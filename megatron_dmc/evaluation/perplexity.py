@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_dmc.evaluation.agreement import Agreement
 from megatron_dmc.evaluation.scores import Advance, Scores, score_decode, score_whole
-from megatron_dmc.inference.cache_usage import CacheUsage
-from megatron_dmc.inference.model import LlamaModel
-from megatron_dmc.inference.paged_kv_cache import DEFAULT_BLOCK_SIZE
+from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
+from megatron_dmc.inference.cache.usage import CacheUsage
+from megatron_dmc.inference.decoder.decoder import LlamaModel
 
 TEACHER_FORCED, DECODE, BOTH = "teacher-forced", "decode", "both"
 PATHS = (TEACHER_FORCED, DECODE, BOTH)

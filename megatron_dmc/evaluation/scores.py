@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dmc.inference.attention import DecisionTrace
-from megatron_dmc.inference.cache_usage import CacheUsage
-from megatron_dmc.inference.model import LlamaModel
-from megatron_dmc.inference.paged_kv_cache import DEFAULT_BLOCK_SIZE
+from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
+from megatron_dmc.inference.cache.usage import CacheUsage
+from megatron_dmc.inference.decoder.decoder import LlamaModel
+from megatron_dmc.inference.decoder.layer_attention import DecisionTrace
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits that exist at one time: 64 MiB in float32."""

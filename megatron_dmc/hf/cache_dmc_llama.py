@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
-from megatron_dmc.inference.cache_usage import CacheUsage
-from megatron_dmc.inference.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
+from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
+from megatron_dmc.inference.cache.usage import CacheUsage
 
 
 class DMCCache(Cache):

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import LlamaConfig as HuggingFaceLlamaConfig
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.llama import DMC_MODEL_TYPE, LlamaConfig, parse_hf_config, to_hf_config
+from megatron_dmc.models.config import DMC_MODEL_TYPE, LlamaConfig, parse_hf_config, to_hf_config
 
 
 class DMCLlamaConfig(HuggingFaceLlamaConfig):

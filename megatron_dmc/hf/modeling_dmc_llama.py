@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from megatron_dmc.hf.cache_dmc_llama import DMCCache
 from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
-from megatron_dmc.inference.attention import (
+from megatron_dmc.inference.decoder.layer_attention import (
     Attention,
     AttentionSettings,
     DecodeAttention,

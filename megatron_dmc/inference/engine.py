@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dmc.inference.cache_usage import CacheUsage
-from megatron_dmc.inference.model import LlamaModel
-from megatron_dmc.inference.paged_kv_cache import DEFAULT_BLOCK_SIZE
+from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
+from megatron_dmc.inference.cache.usage import CacheUsage
+from megatron_dmc.inference.decoder.decoder import LlamaModel
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams, sample
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from megatron_dmc.inference.cache_usage import CacheUsage
+from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.sampling import SamplingParams
 
 

@@ -7,11 +7,11 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.models.config import LlamaConfig
 
 
 class ModelSource(Protocol):
-    """A Llama on disk; ``checkpoints_convert.source.open_source`` opens every format that we read."""
+    """A Llama on disk; ``megatron_dmc.checkpoint.source.open_source`` opens every format that we read."""
 
     @property
     def llama(self) -> LlamaConfig:

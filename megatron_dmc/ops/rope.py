@@ -17,7 +17,7 @@ from megatron_dmc.ops.precision import accumulation_dtype, row_slices
 
 
 class RopeScalingLike(Protocol):
-    """What :class:`megatron_dmc.llama.RopeScaling` holds."""
+    """What :class:`megatron_dmc.models.config.RopeScaling` holds."""
 
     @property
     def rope_type(self) -> str: ...

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.findings import Finding
 from megatron_dmc.report.metrics import COMPRESSING_ORDER, Curve, StageMetrics, join, read_stages, smoothed
 from megatron_dmc.report.quality import quality
-from megatron_dmc.run_directory import RUN_FILE
+from megatron_dmc.runs.directory import RUN_FILE
+from megatron_dmc.support.findings import Finding
 
 EVALUATION_FOLDER = "evaluation"
 GENERATION_FILE = "generation.json"

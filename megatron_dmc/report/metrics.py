@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.run_directory import METRICS_FILE
+from megatron_dmc.runs.directory import METRICS_FILE
 
 CONTROL_PREFIX = "control"
 COMPRESSING_ORDER = ("zero_out", "retrofit", "consolidate")

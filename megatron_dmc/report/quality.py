@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_dmc.findings import Finding
+from megatron_dmc.support.findings import Finding
 
 RATIO_TOLERANCE = 0.10
 PERPLEXITY_TOLERANCE = 0.10

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc import __version__
-from megatron_dmc.files import write_json, write_text
 from megatron_dmc.report import words
 from megatron_dmc.report.collect import RunFacts, collect
+from megatron_dmc.support.files import write_json, write_text
 
 MARKS = {"ok": "passed", "warning": "open", "failed": "**failed**"}
 

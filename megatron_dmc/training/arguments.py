@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from megatron_dmc.config import SCHEMA_VERSION, DMCConfig
-from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.models.config import LlamaConfig
 
 LLAMA_ARGUMENTS: dict[str, str | None] = {
     "--hidden-dropout": "0.0",

@@ -15,8 +15,8 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_dmc.model.microbatch import Microbatch
 from megatron_dmc.training.losses import compression_loss, language_model_loss
+from megatron_dmc.training.model.microbatch import Microbatch
 from megatron_dmc.training.schedule import accumulate_fraction, neuron_scale, target_cr
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.training import get_args, print_rank_last
 
-from megatron_dmc.training.metrics_file import MetricsFile
+from megatron_dmc.runs.metrics import MetricsFile
 from megatron_dmc.training.ratio_watch import RatioWatch
 
 _STOP_WINDOW_STEPS = 10

@@ -6,9 +6,9 @@ from typing import Any
 
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
-from megatron_dmc.model.config import DMCModelConfig, DMCTransformerConfig
 from megatron_dmc.training.arguments import dmc_config_from_args
-from megatron_dmc.training.base_checkpoint import Start
+from megatron_dmc.training.model.config import DMCModelConfig, DMCTransformerConfig
+from megatron_dmc.training.start import Start
 
 
 def dmc_model_config(args: Any, *, start: Start) -> DMCModelConfig:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc import host
-from megatron_dmc.errors import InfrastructureError
-from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.seam import host
+from megatron_dmc.seam.processes import complete_environment
+from megatron_dmc.support.errors import InfrastructureError
 from megatron_dmc.training.arguments import (
     EXTENSION_FREE_FLAGS,
     HOST_FLAGS,
@@ -25,11 +26,10 @@ from megatron_dmc.training.arguments import (
     refuse_flags,
     with_defaults,
 )
-from megatron_dmc.training.base_checkpoint import Start, find_start, saved_iteration
-from megatron_dmc.training.process_environment import complete_environment
+from megatron_dmc.training.start import Start, find_start, saved_iteration
 
 if TYPE_CHECKING:
-    from megatron_dmc.model.config import DMCModelConfig
+    from megatron_dmc.training.model.config import DMCModelConfig
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def prepare(argv: list[str]) -> Run:
     complete_environment()
     if host.needs_cpu():
         host.use_cpu()
-    from megatron_dmc import megatron_compat
+    from megatron_dmc.seam import megatron_compat
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
     return Run(argv, start, given.save, int(given.train_iters) if given.train_iters else None)
@@ -185,7 +185,7 @@ def _run_engine(run: Run) -> int:
     from megatron.training import get_args, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_dmc import megatron_compat
+    from megatron_dmc.seam import megatron_compat
     from megatron_dmc.training.data_sets import build_data_sets
     from megatron_dmc.training.forward_step import forward_step
     from megatron_dmc.training.metrics import StepRecorder, stop_decision

@@ -4,16 +4,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoints_convert.param_map import entries
-from checkpoints_convert.source import open_source
 from megatron_dmc.checkpoint import check_checkpoint, read_megatron_settings
 from megatron_dmc.checkpoint.allowed import ALLOWED
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.pickles import describe
 from megatron_dmc.checkpoint.safetensors_file import read_safetensors_header
+from megatron_dmc.checkpoint.source import open_source
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.checkpoint.torch_file import read_torch_file
-from megatron_dmc.llama import parse_hf_config
+from megatron_dmc.models.config import parse_hf_config
+from megatron_dmc.models.tensors import entries
 
 TRIES = 150
 

@@ -16,7 +16,7 @@ from megatron_dmc.checkpoint.settings import (
     namespace_dict,
 )
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.llama import LlamaConfig, RopeScaling
+from megatron_dmc.models.config import LlamaConfig, RopeScaling
 from tests.checkpoints_convert.models import TINY, VARIANTS
 
 LLAMAS = st.builds(

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from megatron_dmc import host
 from megatron_dmc.checkpoint import read_megatron_settings
 from megatron_dmc.checkpoint.locate import TORCH_DIST, locate
 from megatron_dmc.checkpoint.settings import megatron_arguments
+from megatron_dmc.seam import host
 
 
 def build_model(llama: Any, padded_vocab_size: int, pipeline_rank: int = 0, pipeline_size: int = 1) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_convert.param_map import entries
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.llama import LlamaConfig, RopeScaling, to_hf_config
+from megatron_dmc.models.config import LlamaConfig, RopeScaling, to_hf_config
+from megatron_dmc.models.tensors import entries
 
 TINY = LlamaConfig(
     hidden_size=32,

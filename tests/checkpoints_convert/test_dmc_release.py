@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from checkpoints_convert.dmc_branch_to_megatron import import_dmc_release, release_settings
-from checkpoints_convert.layouts import MegatronShape
 from checkpoints_convert.options import Options
-from checkpoints_convert.param_map import EXTRA_STATE_MODULES, entries
-from checkpoints_convert.source import open_source
-from megatron_dmc.llama import LlamaConfig, parse_hf_config
+from megatron_dmc.checkpoint.source import open_source
+from megatron_dmc.models.config import LlamaConfig, parse_hf_config
+from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.tensors import EXTRA_STATE_MODULES, entries
 from tests.checkpoint.test_guard import Shell
 from tests.checkpoints_convert.models import random_tensors
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_convert.layouts import MegatronShape, padded_vocab_size
-from checkpoints_convert.param_map import by_hf_name
 from checkpoints_convert.sizes import conversion_bytes, largest_layer_bytes
-from megatron_dmc.llama import LlamaConfig, to_hf_config
+from megatron_dmc.models.config import LlamaConfig, to_hf_config
+from megatron_dmc.models.fusion import MegatronShape, padded_vocab_size
+from megatron_dmc.models.tensors import by_hf_name
 
 WIDE = LlamaConfig(1024, 2, 8, 8, 128, 4096, 1000, 128, dtype="bfloat16")
 

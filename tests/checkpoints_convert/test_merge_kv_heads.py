@@ -8,7 +8,7 @@ import torch
 from checkpoints_convert.hf_to_megatron import import_checkpoint
 from checkpoints_convert.merge_kv_heads import merge_kv_heads
 from checkpoints_convert.options import Options
-from checkpoints_convert.source import HuggingFaceSource, MegatronSource, open_source
+from megatron_dmc.checkpoint.source import HuggingFaceSource, MegatronSource, open_source
 from megatron_dmc.config import DMCConfig
 from tests.checkpoints_convert.models import TINY, VARIANTS, write_model
 

@@ -14,8 +14,8 @@ from checkpoints_convert.hf_writer import plan_shards, write_weights
 from checkpoints_convert.megatron_to_hf import export_checkpoint
 from checkpoints_convert.megatron_writer import ANY_LAYOUT, MegatronLayout
 from checkpoints_convert.options import Options
-from checkpoints_convert.source import open_source
 from megatron_dmc.checkpoint.manifest import manifest_problems
+from megatron_dmc.checkpoint.source import open_source
 from megatron_dmc.config import DMCConfig
 from tests.checkpoints_convert.models import (
     TINY,

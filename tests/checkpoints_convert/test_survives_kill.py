@@ -11,8 +11,8 @@ from checkpoints_convert import megatron_writer
 from checkpoints_convert.hf_to_megatron import import_checkpoint
 from checkpoints_convert.megatron_to_hf import export_checkpoint
 from checkpoints_convert.options import Options
-from checkpoints_convert.source import open_source
 from megatron_dmc.checkpoint.manifest import manifest_problems
+from megatron_dmc.checkpoint.source import open_source
 from tests.checkpoints_convert.models import write_model
 
 ATTEMPTS = 12

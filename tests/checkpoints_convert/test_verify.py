@@ -16,7 +16,7 @@ from checkpoints_convert.options import Options
 from checkpoints_convert.sizes import forward_bytes
 from checkpoints_convert.verify import verify
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.errors import CheckFailed
+from megatron_dmc.support.errors import CheckFailed
 from tests.checkpoints_convert.models import TINY, VARIANTS, write_model
 
 UNVERIFIED = Options(verify=False)

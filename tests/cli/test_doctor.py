@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from megatron_dmc import doctor
 from megatron_dmc.cli import main
+from megatron_dmc.seam import doctor
 
 
 def statuses(findings):

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 import megatron_dmc.cli as cli
-from megatron_dmc.errors import CheckFailed, InfrastructureError
+from megatron_dmc.support.errors import CheckFailed, InfrastructureError
 
 
 def run_with(monkeypatch, error):

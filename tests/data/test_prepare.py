@@ -11,7 +11,7 @@ from megatron_dmc.data.indexed import IndexedTokens
 from megatron_dmc.data.manifest import manifest_path, read_manifest
 from megatron_dmc.data.prepare import SPLITS, Split, prepare_directory
 from megatron_dmc.data.tokenizer import load_tokenizer
-from megatron_dmc.files import sha256_file
+from megatron_dmc.support.files import sha256_file
 
 HALVES = Split(60, 20, 20)
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from megatron_dmc.errors import CheckFailed
 from megatron_dmc.evaluation.agreement import Agreement
 from megatron_dmc.evaluation.scores import Scores
+from megatron_dmc.support.errors import CheckFailed
 
 L, S, B, G = 2, 10, 3, 2
 

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from checkpoints_convert.source import open_source
+from megatron_dmc.checkpoint.source import open_source
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.inference.decoder.decoder import LlamaModel
 from megatron_dmc.inference.engine import Engine
-from megatron_dmc.inference.model import LlamaModel
 from megatron_dmc.inference.sampling import SamplingParams
-from megatron_dmc.llama import RopeScaling, to_hf_config
+from megatron_dmc.models.config import RopeScaling, to_hf_config
 from tests.inference.model_directory import VOCAB_SIZE, write_model
 
 transformers = pytest.importorskip("transformers")

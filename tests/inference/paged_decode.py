@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.inference.attention import (
+from megatron_dmc.inference.cache.paged_kv_cache import CacheShape, PagedKVCache
+from megatron_dmc.inference.decoder.layer_attention import (
     AttentionSettings,
     DecodeAttention,
     FullSequenceAttention,
     PrefillAttention,
 )
-from megatron_dmc.inference.paged_kv_cache import CacheShape, PagedKVCache
-from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.models.config import LlamaConfig
 
 
 def paged_decode(

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.inference.block_allocator import OutOfBlocks
+from megatron_dmc.inference.cache.block_allocator import OutOfBlocks
 from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
-from megatron_dmc.llama import RopeScaling, to_hf_config
+from megatron_dmc.models.config import RopeScaling, to_hf_config
 from tests.inference.tiny_model import LlamaModel, RandomSource, tiny_llama, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5], list(range(40))]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.inference.attention import DecisionTrace
+from megatron_dmc.inference.decoder.layer_attention import DecisionTrace
 from megatron_dmc.methods import dmc
 from megatron_dmc.ops.cache_update import reference
 from megatron_dmc.ops.decisions import hard_decisions, importance

@@ -3,8 +3,8 @@
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.inference.model import LlamaModel
-from megatron_dmc.llama import LlamaConfig
+from megatron_dmc.inference.decoder.decoder import LlamaModel
+from megatron_dmc.models.config import LlamaConfig
 
 
 class RandomSource:

@@ -7,7 +7,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
-from megatron_dmc import host, megatron_compat
+from megatron_dmc.seam import host, megatron_compat
 
 MODULES = (
     "megatron.training",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dmc.data.indexed import IndexedWriter
-from megatron_dmc.training.stages import PREDECESSORS
+from megatron_dmc.stages import PREDECESSORS
 from tests.layouts import probe
 from tests.layouts.ranks import run_ranks
 from tests.layouts.whole_run import WholeRun, assemble

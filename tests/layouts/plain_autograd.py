@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.model import attention
 from megatron_dmc.training import forward_step
+from megatron_dmc.training.model import attention
 from tests.layouts import probe
 
 

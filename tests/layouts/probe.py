@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_dmc.model import attention
-from megatron_dmc.model.builder import DMCModelBuilder
 from megatron_dmc.training import base_checkpoint, metrics, pretrain
+from megatron_dmc.training.model import attention
+from megatron_dmc.training.model.builder import DMCModelBuilder
 
 
 @dataclass

@@ -6,9 +6,9 @@ import dataclasses
 import os
 from typing import Any
 
-from megatron_dmc.model.builder import DMCModelBuilder
 from megatron_dmc.training import pretrain
-from megatron_dmc.training.base_checkpoint import Start
+from megatron_dmc.training.model.builder import DMCModelBuilder
+from megatron_dmc.training.start import Start
 
 
 def refusals(commands: list[tuple[list[str], dict[str, Any]]], world_size: int = 1) -> list[str | None]:

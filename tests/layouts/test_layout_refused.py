@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron_dmc.model import requirements
+from megatron_dmc.training.model import requirements
 from tests.layouts.cases import WHOLE_SEGMENT
 from tests.layouts.refusals import missing_settings, refusals
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dmc.llama import RopeScaling
+from megatron_dmc.models.config import RopeScaling
 from megatron_dmc.ops.rope import apply_rope, cos_sin, faded_rotation, inverse_frequencies, rotate, without_last_channel
 
 

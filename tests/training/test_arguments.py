@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.llama import LlamaConfig, RopeScaling
+from megatron_dmc.models.config import LlamaConfig, RopeScaling
 from megatron_dmc.training.arguments import (
     add_dmc_arguments,
     check_shape,

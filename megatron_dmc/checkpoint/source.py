@@ -1,0 +1,214 @@
+"""A checkpoint of either kind as one model with Hugging Face names, read tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.checkpoint.companions import FOLDER
+from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
+from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
+from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
+from megatron_dmc.checkpoint.settings import MegatronSettings, settings_from_state
+from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.tensors import Entry, by_hf_name, check_names, entries
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+# Not part of the model: what Megatron keeps for the optimizer, the random state and the run.
+_NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
+
+
+class Source(ABC):
+    """A model whose tensors can be read one after the other, under Hugging Face names.
+
+    Attributes:
+        directory: where its weights are.
+        companions: folder with its configuration and tokenizer files; it need not exist.
+        llama: its shape, with the type of its stored tensors.
+        dmc: its DMC settings; None: it has none.
+    """
+
+    directory: Path
+    companions: Path
+    llama: LlamaConfig
+    dmc: DMCConfig | None
+    _last: tuple[Entry, Sequence[Tensor]] | None = None
+
+    @abstractmethod
+    def parts(self, entry: Entry) -> Sequence[Tensor]:
+        """The Hugging Face tensors of an entry of the table."""
+
+    def names(self) -> list[str]:
+        """Every tensor, in the order of the forward pass."""
+        return list(by_hf_name(self.llama))
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor. Those that Megatron fuses with it stay in memory until another entry is read."""
+        entry, place = by_hf_name(self.llama)[name]
+        if self._last is None or self._last[0] != entry:
+            self._last = None
+            self._last = (entry, self.parts(entry))
+        return self._last[1][place]
+
+
+def open_source(path: Path | str) -> HuggingFaceSource | MegatronSource:
+    """Open a Hugging Face directory or a Megatron checkpoint (``torch_dist`` of any layout, or legacy).
+
+    Nothing in it is executed; see ``megatron_dmc.checkpoint``.
+
+    Raises:
+        ValueError: no checkpoint, a damaged or hostile one, another model than a Llama, missing or unknown tensors.
+    """
+    location = locate(path)
+    return HuggingFaceSource(location.directory) if location.format == HUGGING_FACE else MegatronSource(location)
+
+
+class HuggingFaceSource(Source):
+    """A Hugging Face directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = self.companions = directory
+        self.files = HuggingFaceDirectory(directory)
+        self.llama, self.dmc = self.files.llama, self.files.dmc
+
+    def parts(self, entry: Entry) -> Sequence[Tensor]:
+        return [self.tensor(name) for name in entry.hf_names]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.files.tensors[name].read()
+
+
+class MegatronSource(Source):
+    """A Megatron checkpoint.
+
+    Attributes:
+        settings: its saved arguments and what follows from them.
+        shape: the model with its padded vocabulary.
+        states_vocab_size: whether it tells how many rows of the embedding are real.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.directory = location.directory
+        self.companions = location.directory / FOLDER
+        self._weights: _TorchDistWeights | _LegacyWeights
+        if location.format == LEGACY:
+            self._weights = _LegacyWeights(LegacyCheckpoint(self.directory))
+        else:
+            self._weights = _TorchDistWeights(TorchDistCheckpoint(self.directory))
+        padded = self._weights.padded_vocab_size()
+        self.settings: MegatronSettings = settings_from_state(
+            self._weights.common_state(), padded, str(location.directory), location.iteration
+        )
+        self.states_vocab_size = type(self.settings.args.get("vocab_size")) is int
+        dtype = str(self._weights.dtype()).removeprefix("torch.")
+        self.llama = dataclasses.replace(self.settings.llama, dtype=dtype)
+        self.dmc = self.settings.dmc
+        self.shape = MegatronShape(self.llama, padded)
+        self._weights.check(self.shape)
+
+    def set_vocab_size(self, vocab_size: int) -> None:
+        """State the rows of the vocabulary for a checkpoint that does not.
+
+        Raises:
+            ValueError: more rows than the checkpoint holds, or another number than it states.
+        """
+        if self.states_vocab_size and vocab_size != self.llama.vocab_size:
+            raise ValueError(f"vocabulary of {vocab_size} ids: {self.directory} states {self.llama.vocab_size}")
+        if vocab_size > self.shape.padded_vocab_size:
+            raise ValueError(
+                f"vocabulary of {vocab_size} ids: {self.directory} has {self.shape.padded_vocab_size} rows"
+            )
+        self.llama = dataclasses.replace(self.llama, vocab_size=vocab_size)
+        self.shape = MegatronShape(self.llama, self.shape.padded_vocab_size)
+
+    def parts(self, entry: Entry) -> Sequence[Tensor]:
+        return entry.mapping.layout.split(self.fused(entry), self.shape)
+
+    def fused(self, entry: Entry) -> Tensor:
+        """Megatron's tensor for an entry, over all its ranks."""
+        return self._weights.read(entry)
+
+    def embedding_row(self, row: int) -> Tensor:
+        """The embedding of one token."""
+        return self._weights.embedding_row(row)
+
+
+class _TorchDistWeights:
+    def __init__(self, checkpoint: TorchDistCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.common_state = checkpoint.common_state
+        if _EMBEDDING not in checkpoint.tensors:
+            raise ValueError(f"{checkpoint.directory} holds no {_EMBEDDING}: not a Llama of Megatron")
+
+    def padded_vocab_size(self) -> int:
+        return self.checkpoint.tensors[_EMBEDDING].shape[0]
+
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.tensors[_EMBEDDING].dtype
+
+    def check(self, shape: MegatronShape) -> None:
+        """Names, shapes and types of every tensor."""
+        given = {name for name in self.checkpoint.tensors if not name.startswith(_NOT_WEIGHTS)}
+        expected = entries(shape.llama)
+        check_names(given, {entry.stacked_name for entry in expected}, str(self.checkpoint.directory))
+        for entry in expected:
+            tensor = self.checkpoint.tensors[entry.stacked_name]
+            layers = () if entry.layer is None else (shape.llama.num_layers,)
+            _check_shape(entry.stacked_name, tensor.shape, (*layers, *entry.megatron_shape(shape)))
+            _check_dtype(entry.stacked_name, tensor.dtype, self.dtype())
+
+    def read(self, entry: Entry) -> Tensor:
+        return self.checkpoint.read(entry.stacked_name, entry.layer)
+
+    def embedding_row(self, row: int) -> Tensor:
+        return self.checkpoint.read(_EMBEDDING, row)
+
+
+class _LegacyWeights:
+    def __init__(self, checkpoint: LegacyCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.tensors = checkpoint.tensors()
+        self.common_state = checkpoint.common_state
+        self.padded_vocab_size = checkpoint.padded_vocab_size
+
+    def dtype(self) -> torch.dtype:
+        return self.tensors[_EMBEDDING][0].dtype
+
+    def check(self, shape: MegatronShape) -> None:
+        """Names, shapes and types of every tensor."""
+        expected = entries(shape.llama)
+        check_names(self.tensors, {entry.megatron_name for entry in expected}, str(self.checkpoint.directory))
+        for entry in expected:
+            shards = self.tensors[entry.megatron_name]
+            # On the meta device: the layout itself says what shards a whole tensor has.
+            whole = torch.empty(entry.megatron_shape(shape), device="meta")
+            for rank, cut in enumerate(entry.mapping.layout.shard(whole, len(shards))):
+                _check_shape(f"{entry.megatron_name} of tensor rank {rank}", shards[rank].shape, tuple(cut.shape))
+                _check_dtype(entry.megatron_name, shards[rank].dtype, self.dtype())
+
+    def read(self, entry: Entry) -> Tensor:
+        return entry.mapping.layout.unshard([shard.read() for shard in self.tensors[entry.megatron_name]])
+
+    def embedding_row(self, row: int) -> Tensor:
+        shards = self.tensors[_EMBEDDING]
+        rank, place = divmod(row, shards[0].shape[0])
+        return shards[rank].rows(place, place + 1).read()[0]
+
+
+def _check_shape(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(given) != expected:
+        raise ValueError(f"{name} has shape {tuple(given)}, its model needs {expected}")
+
+
+def _check_dtype(name: str, given: torch.dtype, expected: torch.dtype) -> None:
+    if given != expected:
+        raise ValueError(f"{name} is {given}, the embedding is {expected}: one type for all tensors is supported")

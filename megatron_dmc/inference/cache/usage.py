@@ -1,0 +1,141 @@
+"""What the compressed cache really holds, beside what an uncompressed one would: entries and bytes.
+
+Legend: L layers, B sequences of a batch, G KV heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_dmc.inference.cache.paged_kv_cache import PagedKVCache
+
+
+@dataclass(frozen=True)
+class CacheUsage:
+    """Memory of one or several sequences, read off a cache.
+
+    Bytes are whole blocks of keys and values plus the float32 state of open segments. Block tables (4 bytes a block)
+    are left out. The uncompressed cache has the same block size and no segment state.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    """Tokens seen, over all sequences."""
+    entries: tuple[tuple[int, ...], ...]
+    """Entries held, by layer and KV head."""
+    blocks: tuple[tuple[int, ...], ...]
+    """Blocks held, by layer and KV head."""
+    uncompressed_blocks: int
+    """Blocks that one head of one layer would hold without compression."""
+    block_bytes: int
+    segment_bytes: int
+    """Bytes of running sums per layer and KV head, over all sequences."""
+
+    @classmethod
+    def of(cls, cache: PagedKVCache, rows_B: Tensor) -> CacheUsage:
+        """Usage of some rows of ``cache`` now."""
+        seqlens_LBG = cache.cache_seqlens[:, rows_B].long()
+        tokens_B = cache.num_tokens[rows_B]
+        size = cache.shape.block_size
+        segments = cache.segments
+        state_numel = 0 if segments is None else segments[0, 0, 0].numel()
+        return cls(
+            num_sequences=len(rows_B),
+            num_tokens=int(tokens_B.sum()),
+            entries=_table(seqlens_LBG.sum(dim=1)),
+            blocks=_table(((seqlens_LBG + size - 1) // size).sum(dim=1)),
+            uncompressed_blocks=int(((tokens_B + size - 1) // size).sum()),
+            block_bytes=cache.shape.block_bytes,
+            segment_bytes=4 * state_numel * len(rows_B),
+        )
+
+    @classmethod
+    def total(cls, usages: Iterable[CacheUsage]) -> CacheUsage:
+        """The sum over disjoint sets of sequences of one model; at least one."""
+        parts = list(usages)
+        return cls(
+            num_sequences=sum(part.num_sequences for part in parts),
+            num_tokens=sum(part.num_tokens for part in parts),
+            entries=_summed([part.entries for part in parts]),
+            blocks=_summed([part.blocks for part in parts]),
+            uncompressed_blocks=sum(part.uncompressed_blocks for part in parts),
+            block_bytes=parts[0].block_bytes,
+            segment_bytes=sum(part.segment_bytes for part in parts),
+        )
+
+    @property
+    def num_heads(self) -> int:
+        """Head caches per sequence: layers times KV heads."""
+        return sum(len(row) for row in self.entries)
+
+    @property
+    def num_entries(self) -> int:
+        """Entries held, over all layers and KV heads."""
+        return sum(sum(row) for row in self.entries)
+
+    @property
+    def uncompressed_entries(self) -> int:
+        """Entries without compression: one per token, layer and KV head."""
+        return self.num_tokens * self.num_heads
+
+    @property
+    def compression_ratio(self) -> float:
+        """Entries without / with compression, at least 1."""
+        return self.uncompressed_entries / max(self.num_entries, 1)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all blocks and running sums."""
+        return sum(sum(row) for row in self.blocks) * self.block_bytes + self.num_heads * self.segment_bytes
+
+    @property
+    def uncompressed_bytes(self) -> int:
+        """Bytes of all blocks without compression."""
+        return self.uncompressed_blocks * self.block_bytes * self.num_heads
+
+    def summary(self) -> str:
+        """One line for people."""
+        bytes_ratio = self.uncompressed_bytes / max(self.bytes_held, 1)
+        return (
+            f"cache: {self.num_entries:,} entries, {_bytes(self.bytes_held)} for {self.num_tokens:,} tokens; "
+            f"uncompressed: {self.uncompressed_entries:,} entries, {_bytes(self.uncompressed_bytes)} "
+            f"(compression ratio {self.compression_ratio:.2f}, {bytes_ratio:.2f} in bytes)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals, and tables by layer (rows) and KV head (columns), ready for JSON."""
+        return {
+            "num_sequences": self.num_sequences,
+            "num_tokens": self.num_tokens,
+            "compression_ratio": self.compression_ratio,
+            "entries": self.num_entries,
+            "uncompressed_entries": self.uncompressed_entries,
+            "bytes": self.bytes_held,
+            "segment_bytes": self.num_heads * self.segment_bytes,
+            "uncompressed_bytes": self.uncompressed_bytes,
+            "bytes_ratio": self.uncompressed_bytes / max(self.bytes_held, 1),
+            "per_layer_and_kv_head": {
+                "compression_ratio": [[self.num_tokens / max(n, 1) for n in row] for row in self.entries],
+                "entries": [list(row) for row in self.entries],
+                "bytes": [[n * self.block_bytes + self.segment_bytes for n in row] for row in self.blocks],
+            },
+        }
+
+
+def _bytes(count: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} B"
+
+
+def _table(counts_LG: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in counts_LG.tolist())
+
+
+def _summed(tables: list[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*tables, strict=True))

@@ -1,0 +1,143 @@
+"""How Megatron lays out what Hugging Face keeps apart: pure functions of tensors, each with its inverse.
+
+Both sides use the half-split form of rotary embeddings, so no rows of q and k are permuted.
+Dimensions: N query heads, G KV heads, D head_dim, h hidden_size, f ffn_hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.models.config import LlamaConfig
+
+VOCAB_MULTIPLE = 128
+"""Megatron's --make-vocab-size-divisible-by."""
+
+
+@dataclass(frozen=True)
+class MegatronShape:
+    """A Llama as Megatron holds it: with a vocabulary padded for its kernels and its tensor parallelism."""
+
+    llama: LlamaConfig
+    padded_vocab_size: int
+
+
+def padded_vocab_size(vocab_size: int, tensor_size: int = 1) -> int:
+    """Rows that Megatron gives the embedding: the next multiple of 128 x tensor parallel size."""
+    multiple = VOCAB_MULTIPLE * tensor_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, llama: LlamaConfig) -> Tensor:
+    """q ``[N D, h]``, k and v ``[G D, h]`` -> ``[(N + 2 G) D, h]``: per KV head its queries, its key, its value."""
+    groups, hidden = llama.num_kv_heads, q.shape[-1]
+    queries = llama.queries_per_kv_head * llama.head_dim
+    parts = (q.reshape(groups, queries, hidden), k.reshape(groups, -1, hidden), v.reshape(groups, -1, hidden))
+    return torch.cat(parts, dim=1).reshape(-1, hidden)
+
+
+def split_qkv(fused: Tensor, llama: LlamaConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of :func:`fuse_qkv`."""
+    groups, hidden, head_dim = llama.num_kv_heads, fused.shape[-1], llama.head_dim
+    by_group = fused.reshape(groups, -1, hidden)
+    sizes = (llama.queries_per_kv_head * head_dim, head_dim, head_dim)
+    q, k, v = (part.reshape(-1, hidden) for part in by_group.split(sizes, dim=1))
+    return q, k, v
+
+
+def pad_vocabulary(weight: Tensor, rows: int) -> Tensor:
+    """``[V, h]`` -> ``[rows, h]`` with zeros behind the vocabulary."""
+    if rows == weight.shape[0]:
+        return weight
+    padded = weight.new_zeros((rows, weight.shape[1]))
+    padded[: weight.shape[0]] = weight
+    return padded
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How Hugging Face's tensors become one of Megatron's, and how tensor parallelism cuts that one.
+
+    ``fuse`` and ``split`` are inverse to each other on the real rows of the vocabulary, ``shard`` and ``unshard`` on
+    every tensor whose cut axis divides by the number of shards.
+    """
+
+    fuse: Callable[[Sequence[Tensor], MegatronShape], Tensor]
+    split: Callable[[Tensor, MegatronShape], tuple[Tensor, ...]]
+    shard: Callable[[Tensor, int], list[Tensor]]
+    unshard: Callable[[Sequence[Tensor]], Tensor]
+
+
+def _fuse_qkv(parts: Sequence[Tensor], shape: MegatronShape) -> Tensor:
+    q, k, v = parts
+    return fuse_qkv(q, k, v, shape.llama)
+
+
+def _only(parts: Sequence[Tensor], shape: MegatronShape) -> Tensor:
+    (part,) = parts
+    return part
+
+
+def _alone(fused: Tensor, shape: MegatronShape) -> tuple[Tensor, ...]:
+    return (fused,)
+
+
+def _copies(tensor: Tensor, count: int) -> list[Tensor]:
+    return [tensor] * count
+
+
+def _first_of_equal(shards: Sequence[Tensor]) -> Tensor:
+    if any(not torch.equal(shards[0], shard) for shard in shards[1:]):
+        raise ValueError("the tensor ranks hold different copies of a tensor that they share")
+    return shards[0]
+
+
+def _cut(axis: int) -> Callable[[Tensor, int], list[Tensor]]:
+    def cut(tensor: Tensor, count: int) -> list[Tensor]:
+        return list(tensor.chunk(count, dim=axis))
+
+    return cut
+
+
+def _join(axis: int) -> Callable[[Sequence[Tensor]], Tensor]:
+    def join(shards: Sequence[Tensor]) -> Tensor:
+        return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=axis)
+
+    return join
+
+
+def _shard_gate_up(fused: Tensor, count: int) -> list[Tensor]:
+    """Each rank holds its rows of the gate, then its rows of the up projection."""
+    gate, up = fused.chunk(2)
+    return [torch.cat(pair) for pair in zip(gate.chunk(count), up.chunk(count), strict=True)]
+
+
+def _unshard_gate_up(shards: Sequence[Tensor]) -> Tensor:
+    halves = [shard.chunk(2) for shard in shards]
+    return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+
+
+REPLICATED = Layout(_only, _alone, _copies, _first_of_equal)
+COLUMNS = Layout(_only, _alone, _cut(1), _join(1))
+VOCABULARY = Layout(
+    fuse=lambda parts, shape: pad_vocabulary(parts[0], shape.padded_vocab_size),
+    split=lambda fused, shape: (fused[: shape.llama.vocab_size],),
+    shard=_cut(0),
+    unshard=_join(0),
+)
+QKV = Layout(
+    fuse=_fuse_qkv,
+    split=lambda fused, shape: split_qkv(fused, shape.llama),
+    shard=_cut(0),
+    unshard=_join(0),
+)
+GATE_UP = Layout(
+    fuse=lambda parts, shape: torch.cat(list(parts)),
+    split=lambda fused, shape: fused.chunk(2),
+    shard=_shard_gate_up,
+    unshard=_unshard_gate_up,
+)

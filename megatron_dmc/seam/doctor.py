@@ -1,0 +1,167 @@
+"""Looks at the machine and the installed packages: what is wrong, and the remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_dmc.support.findings import Finding
+
+REQUIRED = {
+    "megatron-core": ("0.19.2", "0.21"),
+    "torch": ("2.10", None),
+    "numpy": (None, None),
+    "psutil": (None, None),
+    "rich": (None, None),
+    "safetensors": (None, None),
+    "sentencepiece": (None, None),
+    "tensorboard": (None, None),
+}
+"""Package -> lowest version, first version that is not supported."""
+
+EXTRAS = {
+    "te": ("transformer-engine", "fused layers and norms on a GPU"),
+    "hf": ("transformers", "loading exported models in transformers, and `convert verify`"),
+    "eval": ("lm-eval", "standard benchmarks"),
+    "plot": ("matplotlib", "the pictures of `report` and `quickstart`"),
+    "dev": ("pytest", "the tests"),
+}
+"""Extra -> the package that shows it is there, and what it is for."""
+
+SECURITY_FLOORS = {
+    "megatron-core": ("0.17.1", "CVE-2026-65110: a checkpoint runs code when it is loaded"),
+    "torch": ("2.10", "CVE-2026-24747: memory corruption while loading with weights_only"),
+    "transformers": ("5.3", "CVE-2026-4372: config.json runs code without trust_remote_code"),
+    "nvidia-resiliency-ext": ("0.5", "CVE-2025-33225: log files under names that others can guess"),
+    "megatron-bridge": ("0.5.1", "CVE-2026-61776: its allow-list for loading can be passed"),
+    "nvidia-modelopt": ("0.41", "CVE-2026-24141: a checkpoint runs code when it is loaded"),
+}
+"""Package -> first version without the hole, and the hole."""
+
+MIN_FREE_DISK = 10e9
+MIN_SHARED_MEMORY = 1e9
+MIN_MEMORY = 8e9
+
+
+def examine(directory: Path) -> list[Finding]:
+    """Everything worth knowing before a run. ``directory`` is where output will go."""
+    versions = {
+        (distribution.metadata["Name"] or "").lower().replace("_", "-"): distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
+    return [
+        _python(),
+        *_required(versions),
+        *_extras(versions),
+        *_security(versions),
+        *_impostors(versions),
+        *_environment(os.environ),
+        _gpu(versions),
+        *_machine(directory),
+    ]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < (3, 14):
+        return Finding("Python", "ok", version)
+    return Finding("Python", "warning", f"{version} is untested", "install Python 3.12 or 3.13")
+
+
+def _older(version: str, floor: str) -> bool:
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(version) < Version(floor)
+    except InvalidVersion:
+        return False
+
+
+def _required(versions: Mapping[str, str]) -> list[Finding]:
+    findings = []
+    for package, (lowest, first_unsupported) in REQUIRED.items():
+        bounds = (lowest and f">={lowest}", first_unsupported and f"<{first_unsupported}")
+        allowed = ",".join(bound for bound in bounds if bound)
+        remedy = f"pip install '{package}{allowed}'"
+        version = versions.get(package)
+        if version is None:
+            findings.append(Finding(package, "failed", "not installed", remedy))
+        elif lowest and _older(version, lowest):
+            findings.append(Finding(package, "failed", f"{version}, needed {allowed}", remedy))
+        elif first_unsupported and not _older(version, first_unsupported):
+            findings.append(Finding(package, "warning", f"{version} is untested, tested {allowed}", remedy))
+        else:
+            findings.append(Finding(package, "ok", version))
+    return findings
+
+
+def _extras(versions: Mapping[str, str]) -> list[Finding]:
+    findings = []
+    for extra, (package, purpose) in EXTRAS.items():
+        detail = versions.get(package) or f"not installed; only for {purpose}: pip install 'megatron_dmc[{extra}]'"
+        findings.append(Finding(f"extra [{extra}] {package}", "ok", detail))
+    return findings
+
+
+def _security(versions: Mapping[str, str]) -> list[Finding]:
+    return [
+        Finding(f"{package} security", "failed", f"{versions[package]}: {hole}", f"pip install '{package}>={floor}'")
+        for package, (floor, hole) in SECURITY_FLOORS.items()
+        if package in versions and _older(versions[package], floor)
+    ]
+
+
+def _impostors(versions: Mapping[str, str]) -> list[Finding]:
+    """The package index holds unrelated projects under names that Megatron's documents mention."""
+    findings = []
+    if importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is None:
+        findings.append(Finding("apex", "failed", "is not NVIDIA's apex", "pip uninstall apex; it is not needed"))
+    if "megatron" in versions:
+        remedy = "pip uninstall megatron, then reinstall megatron-core, whose folder it shares"
+        findings.append(Finding("megatron", "failed", "is not NVIDIA's Megatron-LM", remedy))
+    return findings
+
+
+def _environment(environment: Mapping[str, str]) -> list[Finding]:
+    findings = []
+    if environment.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0") not in ("", "0"):
+        detail = "lets every checkpoint run code when it is loaded"
+        findings.append(Finding("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "failed", detail, "unset it"))
+    if "TORCH_NCCL_AVOID_RECORD_STREAMS" in environment:
+        detail = "is ignored by torch, and gave wrong losses in one release"
+        findings.append(Finding("TORCH_NCCL_AVOID_RECORD_STREAMS", "warning", detail, "unset it"))
+    return findings
+
+
+def _gpu(versions: Mapping[str, str]) -> Finding:
+    if "torch" not in versions:
+        return Finding("GPU", "warning", "cannot be seen without torch", "install torch")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", "ok", "none: everything runs on the CPU, at small sizes")
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return Finding("GPU", "ok", ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in devices))
+
+
+def _machine(directory: Path) -> list[Finding]:
+    existing = next(path for path in (directory.resolve(), *directory.resolve().parents) if path.exists())
+    findings = [_size(f"disk at {existing}", shutil.disk_usage(existing).free, MIN_FREE_DISK, "free some space")]
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        remedy = "start the container with --shm-size=8g; data loaders and NCCL use it"
+        findings.append(_size(str(shared), shutil.disk_usage(shared).total, MIN_SHARED_MEMORY, remedy))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    findings.append(_size("memory", memory, MIN_MEMORY, "the quickstart needs 8 GB"))
+    cores = len(os.sched_getaffinity(0))
+    return [*findings, Finding("CPU cores", "ok", str(cores))]
+
+
+def _size(name: str, found: float, lowest: float, remedy: str) -> Finding:
+    detail = f"{found / 1e9:.1f} GB"
+    return Finding(name, "ok", detail) if found >= lowest else Finding(name, "warning", f"only {detail}", remedy)

@@ -1,0 +1,36 @@
+"""Megatron's model configuration with the settings of DMC beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models.gpt import GPTModelConfig
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.models.config import RopeScaling
+from megatron_dmc.training.model.microbatch import GradientScale
+
+
+@dataclass
+class DMCTransformerConfig(TransformerConfig):
+    """Megatron's transformer configuration; attention layers find DMC's settings and the rotary base here.
+
+    ``dmc_clear_borrowed_rows``: this run starts ``retrofit`` from a ``zero_out`` checkpoint.
+    ``dmc_vocab_size``: tokens of the vocabulary without the rows that pad it; None where they are not known apart.
+    """
+
+    dmc: DMCConfig = field(default_factory=DMCConfig)
+    rope_theta: float = 10000.0
+    rope_stretch: RopeScaling | None = None
+    dmc_clear_borrowed_rows: bool = False
+    dmc_vocab_size: int | None = None
+    dmc_gradient_scale: GradientScale = field(default_factory=GradientScale)
+
+
+@dataclass(kw_only=True)
+class DMCModelConfig(GPTModelConfig):
+    """Names our builder; everything else is Megatron's."""
+
+    builder: ClassVar[str] = "megatron_dmc.training.model.builder.DMCModelBuilder"

@@ -1,0 +1,106 @@
+"""What a run starts from, read and checked before Megatron opens anything.
+
+Megatron's own answers to a wrong path are training from random weights, or leaving with exit status 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.stages import check_start, clears_borrowed_rows
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# What may differ between the start of a stage and its continuation.
+_MAY_CHANGE = frozenset({"stop_at_cr"})
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        llama: shape of the model; None when it is trained from scratch by Megatron's own flags.
+        resumes: continues its own stage from ``--save``.
+        clears_rows: the borrowed rows must become zero before the first step.
+        first_sample: where the stage starts in the training data; consumed samples of the checkpoint before it.
+    """
+
+    llama: LlamaConfig | None
+    resumes: bool
+    clears_rows: bool = False
+    first_sample: int = 0
+
+
+def saved_iteration(directory: str | Path | None) -> int | None:
+    """Iteration of the newest complete checkpoint below ``directory``; None where there is none."""
+    if not directory:
+        return None
+    tracker = Path(directory, TRACKER)
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8").strip()
+    return 0 if text == "release" else int(text)
+
+
+def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start:
+    """Decide where the run starts and check it.
+
+    Args:
+        settings: of this run.
+        save: directory of its own checkpoints; it continues there when one exists.
+        base: checkpoint to start from otherwise.
+
+    Raises:
+        ValueError: no base weights, a damaged or hostile checkpoint, a stage that cannot follow, or a continuation
+            with other settings.
+    """
+    if saved_iteration(save) is not None:
+        return _resume(settings, str(save))
+    if base is None:
+        if settings.stage != "off":
+            raise ValueError(
+                f"--dmc-stage {settings.stage} needs trained weights: give --pretrained-checkpoint DIR, a checkpoint "
+                "made by `megatron-dmc convert import` or by the previous stage"
+            )
+        return Start(llama=None, resumes=False)
+    if saved_iteration(base) is None:
+        raise ValueError(
+            f"--pretrained-checkpoint {base}: no {TRACKER} there; give a directory written by "
+            "`megatron-dmc convert import` or by a training stage"
+        )
+    stored = _read(base)
+    base_stage = stored.dmc.stage if stored.dmc else "off"
+    check_start(settings.stage, base_stage, base)
+    consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage != "off" else 0
+    clears_rows = clears_borrowed_rows(settings.stage, base_stage)
+    return Start(stored.llama, resumes=False, clears_rows=clears_rows, first_sample=consumed)
+
+
+def _read(directory: str) -> Any:
+    """Settings stored in a checkpoint, after everything that Megatron will unpickle has been scanned."""
+    from megatron_dmc.checkpoint import check_checkpoint, read_megatron_settings
+
+    check_checkpoint(Path(directory))
+    return read_megatron_settings(Path(directory))
+
+
+def _resume(settings: DMCConfig, save: str) -> Start:
+    stored = _read(save)
+    saved = stored.dmc or DMCConfig(stage="off")
+    different = [
+        f"dmc_{field.name}: {getattr(saved, field.name)!r} there, {getattr(settings, field.name)!r} here"
+        for field in dataclasses.fields(DMCConfig)
+        if field.name not in _MAY_CHANGE and getattr(saved, field.name) != getattr(settings, field.name)
+    ]
+    if different:
+        raise ValueError(
+            f"--save {save} holds a run with other settings:\n  "
+            + "\n  ".join(different)
+            + "\ngive the same settings to continue it, or another --save"
+        )
+    return Start(stored.llama, resumes=True, first_sample=int(stored.args.get("dmc_first_sample") or 0))

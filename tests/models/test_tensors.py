@@ -1,0 +1,44 @@
+"""The table against the names that transformers and Megatron really use."""
+
+import pytest
+import torch
+
+from megatron_dmc.models.config import to_hf_config
+from megatron_dmc.models.tensors import EXTRA_STATE_MODULES, TABLE, by_hf_name, check_names, entries
+from tests.checkpoints_convert.models import TINY, VARIANTS
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied"])
+def test_transformers_names_and_shapes(variant):
+    transformers = pytest.importorskip("transformers")
+    llama = VARIANTS[variant]
+    settings = {name: value for name, value in to_hf_config(llama).items() if name != "architectures"}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    ours = {name: entry.hf_shapes(llama)[place] for name, (entry, place) in by_hf_name(llama).items()}
+    assert ours == theirs
+
+
+def test_every_name_is_in_the_table_once():
+    assert len({row.megatron for row in TABLE}) == len(TABLE)
+    names = [name for row in TABLE for name, _ in row.hugging_face]
+    assert len(set(names)) == len(names)
+    assert all(any(row.megatron.startswith(module) for row in TABLE) for module in EXTRA_STATE_MODULES)
+
+
+def test_entries_come_in_the_order_of_the_forward_pass():
+    names = [entry.megatron_name for entry in entries(TINY)]
+    assert names[0] == "embedding.word_embeddings.weight"
+    assert names[-2:] == ["decoder.final_layernorm.weight", "output_layer.weight"]
+    layers = [entry.layer for entry in entries(TINY) if entry.layer is not None]
+    assert layers == sorted(layers)
+    assert len(names) == len(set(names))
+
+
+def test_differences_are_told_by_name():
+    with pytest.raises(ValueError, match="lacks a, b and has unknown d"):
+        check_names(["c", "d"], ["a", "b", "c"], "it")
+    with pytest.raises(ValueError, match="and 95 more"):
+        check_names([], [f"name{number:03d}" for number in range(100)], "it")
+    check_names(["a"], ["a"], "it")

@@ -1,0 +1,33 @@
+"""Exactly the rows of the last channel of queries and keys become zero."""
+
+from types import SimpleNamespace
+
+import torch
+
+from megatron_dmc.training.model.borrowed_rows import clear_borrowed_rows
+
+GROUPS, QUERIES, HEAD_DIM, HIDDEN = 2, 3, 4, 5
+
+
+def fused_linear(bias):
+    rows = GROUPS * (QUERIES + 2) * HEAD_DIM
+    linear = SimpleNamespace(weight=torch.nn.Parameter(torch.ones(rows, HIDDEN)))
+    linear.bias = torch.nn.Parameter(torch.ones(rows)) if bias else None
+    return linear
+
+
+def model_of(*linears):
+    config = SimpleNamespace(num_attention_heads=GROUPS * QUERIES, num_query_groups=GROUPS, kv_channels=HEAD_DIM)
+    layers = [SimpleNamespace(self_attention=SimpleNamespace(linear_qkv=linear)) for linear in linears]
+    return SimpleNamespace(config=config, decoder=SimpleNamespace(layers=layers))
+
+
+def test_last_channels_of_queries_and_keys_are_cleared():
+    linears = [fused_linear(bias=True), fused_linear(bias=False)]
+    clear_borrowed_rows(model_of(*linears))
+    # Per group: three query heads and the key head end with a cleared row, the value head keeps all of its own.
+    kept = ([1.0] * 3 + [0.0]) * (QUERIES + 1) + [1.0] * 4
+    for linear in linears:
+        assert linear.weight[:, 0].tolist() == kept * GROUPS
+        assert (linear.weight == linear.weight[:, :1]).all()
+    assert linears[0].bias.tolist() == kept * GROUPS
