@@ -31,9 +31,9 @@ class MegatronModel:
         _start_single_process()
         self._source = MegatronSource(locate(path))
         self._clears_borrowed = clears_borrowed
-        llama = self._source.llama
-        self.num_layers = llama.num_layers
-        self._arguments = megatron_arguments(llama)
+        config = self._source.config
+        self.num_layers = config.num_layers
+        self._arguments = megatron_arguments(config)
         self._config = _transformer_config(self._arguments)
         self._spec = get_gpt_layer_local_spec(normalization=self._arguments["normalization"])
         self._rotary = RotaryEmbedding(
@@ -46,7 +46,7 @@ class MegatronModel:
             rope_scaling_factor=self._arguments["rope_scaling_factor"],
             use_cpu_initialization=True,
         )
-        self._entries = entries(llama)
+        self._entries = entries(config)
 
     def embed(self, tokens: Tensor) -> Tensor:
         rows = [self._source.embedding_row(row) for row in tokens.flatten().tolist()]
@@ -76,7 +76,7 @@ class MegatronModel:
         return torch.nn.functional.rms_norm(hidden, weight.shape, weight, self._arguments["layernorm_epsilon"])
 
     def output_weight(self) -> Tensor:
-        name = EMBEDDING_ROW if self._source.llama.tie_word_embeddings else OUTPUT_LAYER
+        name = EMBEDDING_ROW if self._source.config.tie_word_embeddings else OUTPUT_LAYER
         return self._source.fused(self._outside(name))
 
     def _outside(self, megatron_name: str) -> Entry:
@@ -86,10 +86,10 @@ class MegatronModel:
         """The fused weight with the borrowed rows of q and k at zero: per group its queries, its key, its value."""
         if not self._clears_borrowed:
             return fused
-        llama = self._source.llama
-        by_group = fused.reshape(llama.num_kv_heads, -1, fused.shape[-1])
-        heads = (llama.queries_per_kv_head + 1) * llama.head_dim
-        by_group[:, :heads] = clear_rows(by_group[:, :heads].transpose(0, 1), llama.head_dim).transpose(0, 1)
+        config = self._source.config
+        by_group = fused.reshape(config.num_kv_heads, -1, fused.shape[-1])
+        heads = (config.queries_per_kv_head + 1) * config.head_dim
+        by_group[:, :heads] = clear_rows(by_group[:, :heads].transpose(0, 1), config.head_dim).transpose(0, 1)
         return by_group.reshape(fused.shape)
 
 

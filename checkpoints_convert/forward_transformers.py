@@ -27,7 +27,7 @@ class TransformersModel:
     def __init__(self, directory: Path, clears_borrowed: bool) -> None:
         self._files = HuggingFaceDirectory(directory)
         self._clears_borrowed = clears_borrowed
-        settings = {name: value for name, value in self._files.config.items() if name not in _NOT_LLAMA_SETTINGS}
+        settings = {name: value for name, value in self._files.config_json.items() if name not in _NOT_LLAMA_SETTINGS}
         self._config = LlamaConfig.from_dict(settings, attn_implementation="eager")
         self._rotary = LlamaRotaryEmbedding(self._config)
         self.num_layers = self._config.num_hidden_layers
@@ -49,7 +49,7 @@ class TransformersModel:
         weights = {name: self._read(prefix + name).float() for name in layer.state_dict()}
         if self._clears_borrowed:
             for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight"):
-                weights[name] = clear_rows(weights[name], self._files.llama.head_dim)
+                weights[name] = clear_rows(weights[name], self._files.config.head_dim)
         layer.load_state_dict(weights, assign=True)
         positions = torch.arange(hidden.shape[1])[None]
         return layer(

@@ -44,8 +44,8 @@ def import_checkpoint(
 def import_plan(source: Path | str, destination: Path | str, layout: MegatronLayout = ANY_LAYOUT) -> list[str]:
     """What :func:`import_checkpoint` would write and take, for people; raises as it would before any work."""
     model = _open(source)
-    layout.check(model.llama)
-    shape = MegatronShape(model.llama, padded_vocab_size(model.llama.vocab_size, layout.tensor_size))
+    layout.check(model.config)
+    shape = MegatronShape(model.config, padded_vocab_size(model.config.vocab_size, layout.tensor_size))
     return plan_lines(shape, Path(destination), to_hugging_face=False)
 
 

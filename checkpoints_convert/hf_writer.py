@@ -23,7 +23,7 @@ from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_dmc.checkpoint.source import Source
 from megatron_dmc.checkpoint.torch_file import tensor_memory
-from megatron_dmc.models.config import LlamaConfig, to_hf_config
+from megatron_dmc.models.config import ModelConfig, to_hf_config
 from megatron_dmc.models.fusion import MegatronShape
 from megatron_dmc.models.tensors import Entry, entries
 from megatron_dmc.support.files import new_directory, write_json, write_text
@@ -57,13 +57,13 @@ def write_hugging_face(
     """
     if tokenizer is None and companions.has_tokenizer(source.companions):
         tokenizer = source.companions
-    options.check_resources(MegatronShape(source.llama, source.llama.vocab_size), destination)
+    options.check_resources(MegatronShape(source.config, source.config.vocab_size), destination)
     with new_directory(destination, overwrite=options.overwrite) as partial:
         ids = companions.token_ids(source.companions) | companions.copy_tokenizer(tokenizer, partial)
-        write_json(partial / "config.json", to_hf_config(source.llama, source.dmc, **ids))
-        with progress(label, weight_bytes(source.llama), "B") as advance:
-            hashes = write_weights(partial, source.llama, source.parts, advance)
-        write_text(partial / "README.md", model_card(destination.name, source.llama, source.dmc, facts or CardFacts()))
+        write_json(partial / "config.json", to_hf_config(source.config, source.dmc, **ids))
+        with progress(label, weight_bytes(source.config), "B") as advance:
+            hashes = write_weights(partial, source.config, source.parts, advance)
+        write_text(partial / "README.md", model_card(destination.name, source.config, source.dmc, facts or CardFacts()))
         write_manifest(partial, hashes)
         if check is not None and options.verify:
             check(partial)
@@ -77,15 +77,15 @@ class Shard:
     entries: tuple[Entry, ...]
 
 
-def plan_shards(llama: LlamaConfig, limit: int = SHARD_BYTES) -> list[Shard]:
+def plan_shards(config: ModelConfig, limit: int = SHARD_BYTES) -> list[Shard]:
     """Which tensors go into which file: in the order of the forward pass, files of at most ``limit`` bytes.
 
     Tensors that Megatron fuses stay together, so that each is read once; one entry may be larger than ``limit``.
     """
     groups: list[list[Entry]] = [[]]
     filled = 0
-    for entry in entries(llama):
-        size = entry_bytes(entry, llama)
+    for entry in entries(config):
+        size = entry_bytes(entry, config)
         if groups[-1] and filled + size > limit:
             groups.append([])
             filled = 0
@@ -99,7 +99,7 @@ def plan_shards(llama: LlamaConfig, limit: int = SHARD_BYTES) -> list[Shard]:
 
 def write_weights(
     directory: Path,
-    llama: LlamaConfig,
+    config: ModelConfig,
     parts: Callable[[Entry], Sequence[Tensor]],
     advance: Advance | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -112,39 +112,39 @@ def write_weights(
     Returns:
         SHA-256 by file name.
     """
-    shards = plan_shards(llama, shard_bytes)
+    shards = plan_shards(config, shard_bytes)
     with ThreadPoolExecutor(WRITER_THREADS) as threads:
-        written = threads.map(lambda shard: _write_shard(directory, shard, llama, parts, advance), shards)
+        written = threads.map(lambda shard: _write_shard(directory, shard, config, parts, advance), shards)
         hashes = {shard.file_name: sha256 for shard, sha256 in zip(shards, written, strict=True)}
     if len(shards) > 1:
         weight_map = {name: shard.file_name for shard in shards for entry in shard.entries for name in entry.hf_names}
-        write_json(directory / INDEX_NAME, {"metadata": {"total_size": weight_bytes(llama)}, "weight_map": weight_map})
+        write_json(directory / INDEX_NAME, {"metadata": {"total_size": weight_bytes(config)}, "weight_map": weight_map})
     return hashes
 
 
 def _write_shard(
     directory: Path,
     shard: Shard,
-    llama: LlamaConfig,
+    config: ModelConfig,
     parts: Callable[[Entry], Sequence[Tensor]],
     advance: Advance | None,
 ) -> str:
-    dtype = getattr(torch, llama.dtype)
+    dtype = getattr(torch, config.dtype)
     with HashedFile(directory / shard.file_name, advance) as stream:
-        stream.write(_header(shard, llama, dtype))
+        stream.write(_header(shard, config, dtype))
         for entry in shard.entries:
-            for tensor, shape in zip(parts(entry), entry.hf_shapes(llama), strict=True):
+            for tensor, shape in zip(parts(entry), entry.hf_shapes(config), strict=True):
                 assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
                 stream.write(tensor_memory(tensor.contiguous()))
                 del tensor
     return stream.sha256()
 
 
-def _header(shard: Shard, llama: LlamaConfig, dtype: torch.dtype) -> bytes:
+def _header(shard: Shard, config: ModelConfig, dtype: torch.dtype) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in shard.entries:
-        for name, shape in zip(entry.hf_names, entry.hf_shapes(llama), strict=True):
+        for name, shape in zip(entry.hf_names, entry.hf_shapes(config), strict=True):
             end = offset + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end

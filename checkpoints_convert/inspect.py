@@ -65,8 +65,8 @@ def _collect(problems: list[str], look: Callable[[], None]) -> None:
 def _model_facts(location: Location) -> dict[str, Any]:
     if location.format == HUGGING_FACE:
         directory = HuggingFaceDirectory(location.directory)
-        facts: dict[str, Any] = {"model_type": directory.config["model_type"], "tensors": len(directory.tensors)}
-        return facts | {"model": dataclasses.asdict(directory.llama), "dmc": _dmc(directory.dmc)}
+        facts: dict[str, Any] = {"model_type": directory.config_json["model_type"], "tensors": len(directory.tensors)}
+        return facts | {"model": dataclasses.asdict(directory.config), "dmc": _dmc(directory.dmc)}
     facts = {"iteration": location.iteration}
     if location.format == LEGACY:
         legacy = LegacyCheckpoint(location.directory)
@@ -78,10 +78,10 @@ def _model_facts(location: Location) -> dict[str, Any]:
         written = [args.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline")]
         facts["layout"] = "any (written at TP {} x PP {})".format(*written)
     facts["iteration"] = source.settings.iteration
-    facts["vocabulary"] = f"{source.llama.vocab_size}, padded to {source.shape.padded_vocab_size}"
+    facts["vocabulary"] = f"{source.config.vocab_size}, padded to {source.shape.padded_vocab_size}"
     if not source.states_vocab_size:
         facts["vocabulary"] = f"not stated; the embedding has {source.shape.padded_vocab_size} rows"
-    return facts | {"model": dataclasses.asdict(source.llama), "dmc": _dmc(source.dmc)}
+    return facts | {"model": dataclasses.asdict(source.config), "dmc": _dmc(source.dmc)}
 
 
 def _dmc(settings: Any) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ def write_legacy(
     advance: Advance | None = None,
 ) -> None:
     """Write ``mp_rank_*`` files below ``directory``; ``read`` gives Megatron's tensor for an entry, once for each."""
-    places = {entry: list(_places(entry, shape, cut)) for entry in entries(shape.llama)}
+    places = {entry: list(_places(entry, shape, cut)) for entry in entries(shape.config)}
     files = _write_frames(directory, shape, arguments, places, cut)
     for entry, kept_at in places.items():
         whole = read(entry)
@@ -83,7 +83,7 @@ def _places(entry: Entry, shape: MegatronShape, cut: LegacyCut) -> Iterator[_Pla
     if entry.layer is None:
         if entry.mapping.megatron == EMBEDDING_ROW:
             yield _Place(0, keys[0], entry.megatron_name)
-            if shape.llama.tie_word_embeddings and last > 0:
+            if shape.config.tie_word_embeddings and last > 0:
                 yield _Place(last, keys[-1], OUTPUT_LAYER)  # the last stage holds a copy of a tied embedding
         else:
             yield _Place(last, keys[-1], entry.megatron_name)
@@ -111,7 +111,7 @@ def _write_frames(
 ) -> dict[tuple[int, int], dict[str, dict[str, StoredTensor]]]:
     """Write every rank's file without data; what each holds, by tensor and pipeline rank."""
     files = {}
-    dtype = getattr(torch, shape.llama.dtype)
+    dtype = getattr(torch, shape.config.dtype)
     for rank in range(cut.tensor_size):
         for pipeline_rank in range(cut.pipeline_size):
             state: dict[str, Any] = {"args": Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 0}

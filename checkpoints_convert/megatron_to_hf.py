@@ -81,13 +81,13 @@ class PlainLlama(Source):
     """A model without DMC: where its settings borrow channels, the rows that produce them are zero."""
 
     def __init__(self, model: Source) -> None:
-        self.directory, self.companions, self.llama, self.dmc = model.directory, model.companions, model.llama, None
+        self.directory, self.companions, self.config, self.dmc = model.directory, model.companions, model.config, None
         self._model = model
         self._clears = model.dmc is not None and model.dmc.stage != "off"
 
     def parts(self, entry: Entry) -> Sequence[Tensor]:
         parts = self._model.parts(entry)
-        return clear_borrowed_rows(entry, parts, self.llama) if self._clears else parts
+        return clear_borrowed_rows(entry, parts, self.config) if self._clears else parts
 
 
 def state_vocabulary(model: MegatronSource, vocab_size: int | None) -> None:

@@ -18,7 +18,7 @@ from megatron_dmc.checkpoint.locate import LEGACY, RELEASE, TORCH_DIST, TRACKER
 from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.settings import dmc_arguments, megatron_arguments
 from megatron_dmc.checkpoint.source import Source
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import VOCAB_MULTIPLE, MegatronShape, padded_vocab_size
 from megatron_dmc.models.tensors import Entry
 from megatron_dmc.support.files import new_directory, write_text
@@ -38,7 +38,7 @@ class MegatronLayout:
     layers_per_virtual_stage: int | None = None
     transformer_impl: str = TRANSFORMER_ENGINE
 
-    def check(self, llama: LlamaConfig) -> None:
+    def check(self, config: ModelConfig) -> None:
         """Raises ``ValueError`` where the model cannot be cut this way; the message says what divides."""
         if self.format not in (TORCH_DIST, LEGACY):
             raise ValueError(f"format {self.format!r}: must be {TORCH_DIST} or {LEGACY}")
@@ -49,10 +49,10 @@ class MegatronLayout:
         if min(self.tensor_size, self.pipeline_size) < 1:
             raise ValueError("parallel sizes must be at least 1")
         for name in ("num_kv_heads", "ffn_hidden_size"):
-            size = getattr(llama, name)
+            size = getattr(config, name)
             if size % self.tensor_size:
                 raise ValueError(f"--tensor-model-parallel-size {self.tensor_size} does not divide {name}={size}")
-        layers, per_stage = llama.num_layers, self.layers_per_virtual_stage
+        layers, per_stage = config.num_layers, self.layers_per_virtual_stage
         if layers % self.pipeline_size:
             raise ValueError(f"--pipeline-model-parallel-size {self.pipeline_size} does not divide {layers} layers")
         if per_stage is not None and (
@@ -95,8 +95,8 @@ def write_megatron(
     Raises:
         ValueError: the layout does not fit the model, Megatron cannot express it, or the destination exists.
     """
-    layout.check(source.llama)
-    shape = MegatronShape(source.llama, padded_vocab_size(source.llama.vocab_size, layout.tensor_size))
+    layout.check(source.config)
+    shape = MegatronShape(source.config, padded_vocab_size(source.config.vocab_size, layout.tensor_size))
     options.check_resources(shape, destination)
     arguments = _saved_arguments(shape, source, layout)
 
@@ -110,9 +110,9 @@ def write_megatron(
             if layout.format == TORCH_DIST:
                 hashes = write_torch_dist(weights, shape, arguments, read, advance)
             else:
-                cut = LegacyCut(layout.tensor_size, layout.chunks(shape.llama.num_layers), layout.transformer_impl)
+                cut = LegacyCut(layout.tensor_size, layout.chunks(shape.config.num_layers), layout.transformer_impl)
                 write_legacy(weights, shape, arguments, read, cut, advance)
-        companions.keep_companions(source.companions, weights / companions.FOLDER, source.llama)
+        companions.keep_companions(source.companions, weights / companions.FOLDER, source.config)
         write_manifest(weights, hashes)
         write_text(partial / TRACKER, RELEASE)
         if check is not None and options.verify:
@@ -122,12 +122,12 @@ def write_megatron(
 def _saved_arguments(shape: MegatronShape, source: Source, layout: MegatronLayout) -> dict[str, Any]:
     """Megatron's saved arguments for a converted model."""
     per_stage = layout.layers_per_virtual_stage
-    virtual = len(layout.chunks(shape.llama.num_layers)[0])
-    arguments = megatron_arguments(shape.llama) | {
-        "params_dtype": getattr(torch, shape.llama.dtype),
+    virtual = len(layout.chunks(shape.config.num_layers)[0])
+    arguments = megatron_arguments(shape.config) | {
+        "params_dtype": getattr(torch, shape.config.dtype),
         "padded_vocab_size": shape.padded_vocab_size,
         "make_vocab_size_divisible_by": VOCAB_MULTIPLE,
-        "seq_length": shape.llama.max_position_embeddings,
+        "seq_length": shape.config.max_position_embeddings,
         "tensor_model_parallel_size": layout.tensor_size,
         "pipeline_model_parallel_size": layout.pipeline_size,
         "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,

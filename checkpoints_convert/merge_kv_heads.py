@@ -50,7 +50,7 @@ class MergedHeads(Source):
     """A Llama whose K and V heads are averages of those of another one."""
 
     def __init__(self, model: Source, num_kv_heads: int) -> None:
-        old = model.llama.num_kv_heads
+        old = model.config.num_kv_heads
         if num_kv_heads < 1 or old % num_kv_heads:
             raise ValueError(f"--num-kv-heads {num_kv_heads}: must divide the {old} KV heads of {model.directory}")
         if model.dmc is not None and model.dmc.stage != "off":
@@ -59,11 +59,11 @@ class MergedHeads(Source):
                 "retrofit that"
             )
         self.directory, self.companions, self.dmc = model.directory, model.companions, None
-        self.llama = dataclasses.replace(model.llama, num_kv_heads=num_kv_heads)
+        self.config = dataclasses.replace(model.config, num_kv_heads=num_kv_heads)
         self._model = model
 
     def parts(self, entry: Entry) -> Sequence[Tensor]:
-        original, _ = by_hf_name(self._model.llama)[entry.hf_names[0]]
+        original, _ = by_hf_name(self._model.config)[entry.hf_names[0]]
         parts = self._model.parts(original)
         if entry.mapping.layout is not fusion.QKV:
             return parts
@@ -71,6 +71,6 @@ class MergedHeads(Source):
         return (q, self._averaged(k), self._averaged(v))
 
     def _averaged(self, weight: Tensor) -> Tensor:
-        groups, head_dim = self.llama.num_kv_heads, self.llama.head_dim
+        groups, head_dim = self.config.num_kv_heads, self.config.head_dim
         by_head = weight.reshape(groups, -1, head_dim, weight.shape[-1])
         return by_head.mean(dim=1, dtype=torch.float32).to(weight.dtype).reshape(-1, weight.shape[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,23 @@ class CardFacts:
     measured_cr: float | None = None
 
 
-def model_card(name: str, llama: LlamaConfig, dmc: DMCConfig | None, facts: CardFacts) -> str:
+def model_card(name: str, config: ModelConfig, dmc: DMCConfig | None, facts: CardFacts) -> str:
     """Text of the card, in Markdown with the front matter that model hubs read."""
     tags = ["llama", "megatron"] + (["dynamic-memory-compression", "kv-cache-compression"] if dmc else [])
     front = "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags), "---"])
     paragraphs = _plain(facts) if dmc is None else _compressed(dmc, facts)
-    return "\n\n".join([front, f"# {name}", _shape(llama), *paragraphs]) + "\n"
+    return "\n\n".join([front, f"# {name}", _shape(config), *paragraphs]) + "\n"
 
 
-def _shape(llama: LlamaConfig) -> str:
+def _shape(config: ModelConfig) -> str:
     rows = {
-        "layers": llama.num_layers,
-        "hidden size": llama.hidden_size,
-        "query heads / KV heads": f"{llama.num_attention_heads} / {llama.num_kv_heads}",
-        "head dimension": llama.head_dim,
-        "vocabulary": llama.vocab_size,
-        "positions": llama.max_position_embeddings,
-        "stored as": llama.dtype,
+        "layers": config.num_layers,
+        "hidden size": config.hidden_size,
+        "query heads / KV heads": f"{config.num_attention_heads} / {config.num_kv_heads}",
+        "head dimension": config.head_dim,
+        "vocabulary": config.vocab_size,
+        "positions": config.max_position_embeddings,
+        "stored as": config.dtype,
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 

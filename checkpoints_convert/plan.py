@@ -22,27 +22,27 @@ from megatron_dmc.support.progress import amount
 
 def plan_lines(shape: MegatronShape, destination: Path, *, to_hugging_face: bool) -> list[str]:
     """Tensors with shapes and bytes, peak memory and free disk needed, for people."""
-    llama = shape.llama
+    config = shape.config
     rows = []
-    for entry in entries(llama):
+    for entry in entries(config):
         if entry.layer not in (None, 0):
             continue
-        times = 1 if entry.layer is None else llama.num_layers
+        times = 1 if entry.layer is None else config.num_layers
         names = [name for name, _ in entry.mapping.hugging_face]
-        shapes = list(entry.hf_shapes(llama)) if to_hugging_face else [entry.megatron_shape(shape)]
-        size = sum(math.prod(one) for one in shapes) * itemsize(llama)
+        shapes = list(entry.hf_shapes(config)) if to_hugging_face else [entry.megatron_shape(shape)]
+        size = sum(math.prod(one) for one in shapes) * itemsize(config)
         left, right = entry.mapping.megatron, " + ".join(names)
         arrow = f"{left} -> {right}" if to_hugging_face else f"{right} -> {left}"
         told = " + ".join("x".join(map(str, one)) for one in shapes)
         rows.append(f"{times:>4} x {told:<24} {amount(size * times, 'B'):>8}  {arrow}")
-    total = weight_bytes(llama) if to_hugging_face else megatron_bytes(shape)
+    total = weight_bytes(config) if to_hugging_face else megatron_bytes(shape)
     existing = next(folder for folder in Path(destination).absolute().parents if folder.is_dir())
-    forward = forward_bytes(llama)
+    forward = forward_bytes(config)
     rows += [
-        f"writes {amount(total, 'B')} of {llama.dtype} tensors"
-        + (f" in {len(plan_shards(llama))} safetensors files" if to_hugging_face else ""),
+        f"writes {amount(total, 'B')} of {config.dtype} tensors"
+        + (f" in {len(plan_shards(config))} safetensors files" if to_hugging_face else ""),
         f"free disk needed: {amount(total, 'B')}; free at {existing}: {amount(shutil.disk_usage(existing).free, 'B')}",
-        f"largest layer: {amount(largest_layer_bytes(llama), 'B')}; peak memory of the conversion: about "
+        f"largest layer: {amount(largest_layer_bytes(config), 'B')}; peak memory of the conversion: about "
         f"{amount(conversion_bytes(shape), 'B')}, of the comparison: about {amount(forward.whole, 'B')}",
     ]
     return rows

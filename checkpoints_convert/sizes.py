@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoints_convert.streams import WRITER_THREADS
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape
 from megatron_dmc.models.tensors import EMBEDDING_ROW, Entry, entries
 
@@ -25,47 +25,47 @@ class ForwardBytes(NamedTuple):
     whole: int
 
 
-def itemsize(llama: LlamaConfig) -> int:
+def itemsize(config: ModelConfig) -> int:
     """Bytes of an element."""
-    return getattr(torch, llama.dtype).itemsize
+    return getattr(torch, config.dtype).itemsize
 
 
-def entry_bytes(entry: Entry, llama: LlamaConfig) -> int:
+def entry_bytes(entry: Entry, config: ModelConfig) -> int:
     """Bytes of the Hugging Face tensors of an entry."""
-    return _hf_elements(entry, llama) * itemsize(llama)
+    return _hf_elements(entry, config) * itemsize(config)
 
 
-def weight_bytes(llama: LlamaConfig) -> int:
+def weight_bytes(config: ModelConfig) -> int:
     """Bytes of a model's weights in the type they are stored in, without padding."""
-    return sum(_hf_elements(entry, llama) for entry in entries(llama)) * itemsize(llama)
+    return sum(_hf_elements(entry, config) for entry in entries(config)) * itemsize(config)
 
 
 def megatron_bytes(shape: MegatronShape) -> int:
     """The same with the padded vocabulary of Megatron."""
-    elements = sum(math.prod(entry.megatron_shape(shape)) for entry in entries(shape.llama))
-    return elements * itemsize(shape.llama)
+    elements = sum(math.prod(entry.megatron_shape(shape)) for entry in entries(shape.config))
+    return elements * itemsize(shape.config)
 
 
-def largest_layer_bytes(llama: LlamaConfig) -> int:
+def largest_layer_bytes(config: ModelConfig) -> int:
     """Bytes of a transformer layer, or of the embedding where that is larger."""
-    in_layer = sum(_hf_elements(entry, llama) for entry in entries(llama) if entry.layer == 0)
-    outside = max(_hf_elements(entry, llama) for entry in entries(llama) if entry.layer is None)
-    return max(in_layer, outside) * itemsize(llama)
+    in_layer = sum(_hf_elements(entry, config) for entry in entries(config) if entry.layer == 0)
+    outside = max(_hf_elements(entry, config) for entry in entries(config) if entry.layer is None)
+    return max(in_layer, outside) * itemsize(config)
 
 
 def conversion_bytes(shape: MegatronShape) -> int:
     """Peak anonymous memory: in every thread the largest tensor of Megatron beside the tensors it is made of."""
-    largest = max(math.prod(entry.megatron_shape(shape)) for entry in entries(shape.llama))
-    return PROCESS_BYTES + WRITER_THREADS * 2 * largest * itemsize(shape.llama)
+    largest = max(math.prod(entry.megatron_shape(shape)) for entry in entries(shape.config))
+    return PROCESS_BYTES + WRITER_THREADS * 2 * largest * itemsize(shape.config)
 
 
-def forward_bytes(llama: LlamaConfig) -> ForwardBytes:
+def forward_bytes(config: ModelConfig) -> ForwardBytes:
     """Peak anonymous memory of a forward pass in float32, one layer in memory at a time."""
-    in_layer = [_hf_elements(entry, llama) for entry in entries(llama) if entry.layer == 0]
-    layers = FORWARD_PROCESS_BYTES + 4 * sum(in_layer) + (4 + itemsize(llama)) * max(in_layer)
-    output = next(_hf_elements(entry, llama) for entry in entries(llama) if entry.mapping.megatron == EMBEDDING_ROW)
-    return ForwardBytes(layers, max(layers, FORWARD_PROCESS_BYTES + 2 * output * itemsize(llama)))
+    in_layer = [_hf_elements(entry, config) for entry in entries(config) if entry.layer == 0]
+    layers = FORWARD_PROCESS_BYTES + 4 * sum(in_layer) + (4 + itemsize(config)) * max(in_layer)
+    output = next(_hf_elements(entry, config) for entry in entries(config) if entry.mapping.megatron == EMBEDDING_ROW)
+    return ForwardBytes(layers, max(layers, FORWARD_PROCESS_BYTES + 2 * output * itemsize(config)))
 
 
-def _hf_elements(entry: Entry, llama: LlamaConfig) -> int:
-    return sum(math.prod(shape) for shape in entry.hf_shapes(llama))
+def _hf_elements(entry: Entry, config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in entry.hf_shapes(config))

@@ -97,7 +97,7 @@ def _objects(shape: MegatronShape, arguments: dict[str, Any]) -> dict[str, bytes
         "content_metadata": _CONTENT_METADATA,
     }
     objects = {COMMON_STATE_KEY: _saved([common])}
-    empty, layers = _saved([None]), shape.llama.num_layers
+    empty, layers = _saved([None]), shape.config.num_layers
     for module in EXTRA_STATE_MODULES:
         key = module.replace(".*", "") + "._extra_state"
         objects |= {f"{key}/shard_{layer}_{layers}": empty for layer in range(layers)}
@@ -118,7 +118,7 @@ class _StreamingPlanner(DefaultSavePlanner):
         self._shape = shape
         self._objects = objects
         self._read = read
-        self._entries = {_index(entry, shape): entry for entry in entries(shape.llama)}
+        self._entries = {_index(entry, shape): entry for entry in entries(shape.config)}
         self._of_thread = threading.local()
 
     def create_local_plan(self) -> SavePlan:
@@ -132,10 +132,10 @@ class _StreamingPlanner(DefaultSavePlanner):
 
     def _tensor_item(self, index: MetadataIndex, entry: Entry) -> WriteItem:
         sizes = entry.megatron_shape(self._shape)
-        stack = () if entry.layer is None else (self._shape.llama.num_layers,)
+        stack = () if entry.layer is None else (self._shape.config.num_layers,)
         assert index.offset is not None
         chunk = ChunkStorageMetadata(index.offset, torch.Size((*(1 for _ in stack), *sizes)))
-        properties = TensorProperties(dtype=getattr(torch, self._shape.llama.dtype))
+        properties = TensorProperties(dtype=getattr(torch, self._shape.config.dtype))
         data = TensorWriteData(chunk, properties, torch.Size((*stack, *sizes)))
         return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 

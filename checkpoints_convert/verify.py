@@ -22,7 +22,7 @@ from megatron_dmc.checkpoint.manifest import manifest_problems
 from megatron_dmc.checkpoint.source import Source, open_source
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.borrowed_channel import clear_borrowed_rows
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.tensors import Entry, entries
 from megatron_dmc.support.errors import CheckFailed
 from megatron_dmc.support.progress import progress
@@ -127,9 +127,9 @@ def _check_manifest(directory: Path) -> None:
 def _check_settings(first: Source, second: Source) -> tuple[bool, bool]:
     """Whether the borrowed rows of one must be cleared, as its export did; fails where the models differ."""
     different = [
-        f"{name}: {getattr(first.llama, name)!r} and {getattr(second.llama, name)!r}"
-        for name in LlamaConfig.__dataclass_fields__
-        if getattr(first.llama, name) != getattr(second.llama, name)
+        f"{name}: {getattr(first.config, name)!r} and {getattr(second.config, name)!r}"
+        for name in ModelConfig.__dataclass_fields__
+        if getattr(first.config, name) != getattr(second.config, name)
     ]
     if different:
         raise CheckFailed(f"the two checkpoints are of different models: {'; '.join(different)}")
@@ -145,10 +145,10 @@ def _with_effect(dmc: DMCConfig | None) -> DMCConfig | None:
 
 
 def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> Verification:
-    llama = pair[0].llama
+    config = pair[0].config
     count = total = 0
-    with progress("verify", 2 * weight_bytes(llama), "B") as advance:
-        for entry in entries(llama):
+    with progress("verify", 2 * weight_bytes(config), "B") as advance:
+        for entry in entries(config):
             first, second = (_parts(source, entry, clear) for source, clear in zip(pair, clears, strict=True))
             for name, one, other in zip(entry.hf_names, first, second, strict=True):
                 unequal = _unequal(one, other)
@@ -162,7 +162,7 @@ def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> 
 
 def _parts(source: Source, entry: Entry, clear: bool) -> Sequence[Tensor]:
     parts = source.parts(entry)
-    return clear_borrowed_rows(entry, parts, source.llama) if clear else parts
+    return clear_borrowed_rows(entry, parts, source.config) if clear else parts
 
 
 def _unequal(one: Tensor, other: Tensor) -> int:
@@ -173,19 +173,19 @@ def _unequal(one: Tensor, other: Tensor) -> int:
 
 
 def _compare_outputs(pair: tuple[Source, Source], compared: Verification, max_memory: int | None) -> Verification:
-    llama = pair[0].llama
-    needs = forward_bytes(llama)
-    layers = llama.num_layers
+    config = pair[0].config
+    needs = forward_bytes(config)
+    layers = config.num_layers
     if max_memory is not None and max_memory < needs.whole:
-        layers = min(FIRST_LAYERS, llama.num_layers - 1)
+        layers = min(FIRST_LAYERS, config.num_layers - 1)
         if max_memory < needs.layers or layers == 0:
             raise CheckFailed(
                 f"the outputs cannot be compared within --max-memory {max_memory} bytes: {needs.layers} are needed for "
                 f"the first layers, {needs.whole} for the logits"
             )
-    tokens = _prompts(llama.vocab_size)
+    tokens = _prompts(config.vocab_size)
     one, other = (
-        run_forward(ForwardJob(str(source.directory), tokens, layers, clear, llama.vocab_size))
+        run_forward(ForwardJob(str(source.directory), tokens, layers, clear, config.vocab_size))
         for source, clear in zip(pair, compared.clears_borrowed, strict=True)
     )
     for name in one:
@@ -196,8 +196,8 @@ def _compare_outputs(pair: tuple[Source, Source], compared: Verification, max_me
                 "the tensors are equal, so the two configurations do not describe the same computation"
             )
     if LOGITS not in one:
-        return dataclasses.replace(compared, layers=layers, num_layers=llama.num_layers)
-    return _compare_logits(one[LOGITS], other[LOGITS], compared, llama.num_layers)
+        return dataclasses.replace(compared, layers=layers, num_layers=config.num_layers)
+    return _compare_logits(one[LOGITS], other[LOGITS], compared, config.num_layers)
 
 
 def _compare_logits(one: Tensor, other: Tensor, compared: Verification, num_layers: int) -> Verification:

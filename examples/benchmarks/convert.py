@@ -32,13 +32,13 @@ from checkpoints_convert.options import Options
 from checkpoints_convert.sizes import conversion_bytes, largest_layer_bytes, megatron_bytes, weight_bytes
 from checkpoints_convert.verify import verify
 from examples.benchmarks.measure import Row, add_output_argument, report
-from megatron_dmc.models.config import LlamaConfig, to_hf_config
+from megatron_dmc.models.config import ModelConfig, to_hf_config
 from megatron_dmc.models.fusion import MegatronShape, padded_vocab_size
 from megatron_dmc.models.tensors import Entry
 from megatron_dmc.support.files import sync_file, write_json
 
-LLAMA2_7B = LlamaConfig(4096, 32, 32, 32, 128, 11008, 32000, 4096)
-LLAMA2_70B = LlamaConfig(8192, 80, 64, 8, 128, 28672, 32000, 4096)
+LLAMA2_7B = ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, 4096)
+LLAMA2_70B = ModelConfig(8192, 80, 64, 8, 128, 28672, 32000, 4096)
 WIDE_LAYERS = 2
 DISK_BYTES = 60_000_000_000
 COPIES_ON_DISK = 3.2
@@ -94,11 +94,11 @@ def _rows(folder: Path, layers: int) -> Iterator[Row]:
     )
 
 
-def _model_rows(folder: Path, llama: LlamaConfig, name: str, *, with_goals: bool) -> Iterator[Row]:
+def _model_rows(folder: Path, config: ModelConfig, name: str, *, with_goals: bool) -> Iterator[Row]:
     source, megatron, back = (folder / part for part in ("source", "megatron", "back"))
-    _write_random(source, llama)
-    size = weight_bytes(llama)
-    conditions = {"model": name, "layers": llama.num_layers, "dtype": llama.dtype, "GB": round(size / 1e9, 2)}
+    _write_random(source, config)
+    size = weight_bytes(config)
+    conditions = {"model": name, "layers": config.num_layers, "dtype": config.dtype, "GB": round(size / 1e9, 2)}
     for step, (start, target) in {"import": (source, megatron), "export": (megatron, back)}.items():
         copied = _seconds_of_copy(source, folder / "copy")
         measured = _in_new_process(step, start, target)
@@ -107,7 +107,7 @@ def _model_rows(folder: Path, llama: LlamaConfig, name: str, *, with_goals: bool
         yield Row(f"{step}: speed", size / measured["seconds"] / 1e9, "GB/s", conditions)
         yield Row(f"{step}: time relative to the copy", measured["seconds"] / copied, "x", conditions, goal)
         peak = measured["peak_bytes"] / GIB
-        limit = min(PEAK_GOAL_GIB, _memory_limit(llama)) if with_goals else _memory_limit(llama)
+        limit = min(PEAK_GOAL_GIB, _memory_limit(config)) if with_goals else _memory_limit(config)
         yield Row(f"{step}: peak memory", peak, "GiB", conditions, limit)
     shutil.rmtree(back)
     measured = _in_new_process("verify", source, megatron)
@@ -118,12 +118,12 @@ def _model_rows(folder: Path, llama: LlamaConfig, name: str, *, with_goals: bool
     shutil.rmtree(megatron)
 
 
-def _memory_limit(llama: LlamaConfig) -> float:
+def _memory_limit(config: ModelConfig) -> float:
     """Twice the largest layer plus 1 GiB, in GiB."""
-    return 2 * largest_layer_bytes(llama) / GIB + 1
+    return 2 * largest_layer_bytes(config) / GIB + 1
 
 
-def _write_random(directory: Path, llama: LlamaConfig) -> None:
+def _write_random(directory: Path, config: ModelConfig) -> None:
     """A Hugging Face directory whose tensors are slices of one block of random numbers."""
     directory.mkdir()
     block = torch.empty(RANDOM_ELEMENTS, dtype=torch.bfloat16)
@@ -132,13 +132,13 @@ def _write_random(directory: Path, llama: LlamaConfig) -> None:
 
     def parts(entry: Entry) -> Iterator[torch.Tensor]:
         nonlocal start
-        for shape in entry.hf_shapes(llama):
+        for shape in entry.hf_shapes(config):
             count = torch.Size(shape).numel()
             start = (start + 1_000_003) % (RANDOM_ELEMENTS - count)
             yield block[start : start + count].view(shape)
 
-    write_weights(directory, llama, lambda entry: list(parts(entry)))
-    write_json(directory / "config.json", to_hf_config(llama))
+    write_weights(directory, config, lambda entry: list(parts(entry)))
+    write_json(directory / "config.json", to_hf_config(config))
 
 
 def _seconds_of_copy(source: Path, target: Path) -> float:

@@ -91,7 +91,7 @@ class _Step:
         from megatron_dmc.training.start import Start
 
         args.dmc_stage = stage
-        config = dmc_model_config(args, start=Start(llama=None, resumes=True))
+        config = dmc_model_config(args, start=Start(config=None, resumes=True))
         torch.manual_seed(1)
         self.model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

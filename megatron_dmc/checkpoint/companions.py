@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.checkpoint.bounded import read_json
-from megatron_dmc.models.config import LlamaConfig, to_hf_config
+from megatron_dmc.models.config import ModelConfig, to_hf_config
 from megatron_dmc.support.files import write_json
 
 FOLDER = "hugging_face"
@@ -39,10 +39,10 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def keep_companions(source: Path, folder: Path, llama: LlamaConfig) -> None:
+def keep_companions(source: Path, folder: Path, config: ModelConfig) -> None:
     """Keep what Megatron has no place for in a new folder: the tokenizer's files, and a configuration with ids."""
     folder.mkdir()
-    write_json(folder / "config.json", to_hf_config(llama, **token_ids(source)))
+    write_json(folder / "config.json", to_hf_config(config, **token_ids(source)))
     for path in companion_files(source):
         shutil.copyfile(path, folder / path.name)
 

@@ -19,10 +19,10 @@ class HuggingFaceDirectory:
     """The files of a model as ``save_pretrained`` writes them.
 
     Attributes:
-        llama: shape of the model, with the type of its stored tensors.
+        config: shape of the model, with the type of its stored tensors.
         dmc: DMC settings, of a ``dmc_llama``.
         tensors: every tensor of the model by name.
-        config: ``config.json`` as it stands.
+        config_json: ``config.json`` as it stands.
 
     Raises:
         ValueError: an unsupported configuration, damaged files, missing, unknown or wrongly shaped tensors.
@@ -30,16 +30,16 @@ class HuggingFaceDirectory:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = read_config_json(directory)
-        llama, self.dmc = parse_hf_config(self.config)
+        self.config_json = read_config_json(directory)
+        config, self.dmc = parse_hf_config(self.config_json)
         found = {name: tensor for name, tensor in _all_tensors(directory).items() if not name.endswith(IGNORED_SUFFIX)}
-        if llama.tie_word_embeddings and LM_HEAD in found and EMBEDDING in found:
+        if config.tie_word_embeddings and LM_HEAD in found and EMBEDDING in found:
             _check_tied(found.pop(LM_HEAD), found[EMBEDDING])
-        expected = by_hf_name(llama)
+        expected = by_hf_name(config)
         check_names(found, expected, str(directory))
         dtype = found[EMBEDDING].dtype
         for name, (entry, place) in expected.items():
-            shape = entry.hf_shapes(llama)[place]
+            shape = entry.hf_shapes(config)[place]
             if found[name].shape != shape or found[name].dtype != dtype:
                 raise ValueError(
                     f"{name} is {found[name].dtype} of shape {found[name].shape}: config.json and {EMBEDDING} ask for "
@@ -48,7 +48,7 @@ class HuggingFaceDirectory:
         stored = str(dtype).removeprefix("torch.")
         if stored not in DTYPES:
             raise ValueError(f"{directory} stores {stored}: supported are {', '.join(DTYPES)}")
-        self.llama = dataclasses.replace(llama, dtype=stored)
+        self.config = dataclasses.replace(config, dtype=stored)
         self.tensors = found
 
 

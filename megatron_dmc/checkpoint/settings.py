@@ -17,12 +17,12 @@ from megatron_dmc.checkpoint.locate import LEGACY, TORCH_DIST, locate
 from megatron_dmc.checkpoint.pickles import Name, Record
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.config import SCHEMA_VERSION, DMCConfig
-from megatron_dmc.models.config import LlamaConfig, RopeScaling
+from megatron_dmc.models.config import ModelConfig, RopeScaling
 
 DMC_PREFIX = "dmc_"
 SCHEMA_ARGUMENT = "dmc_schema_version"
 
-# Megatron's arguments that name a field of LlamaConfig directly.
+# Megatron's arguments that name a field of ModelConfig directly.
 _FIELDS = {
     "hidden_size": "hidden_size",
     "num_layers": "num_layers",
@@ -83,7 +83,7 @@ class MegatronSettings(NamedTuple):
     iteration: int
     args: dict[str, Any]
     dmc: DMCConfig | None
-    llama: LlamaConfig
+    config: ModelConfig
 
 
 def read_megatron_settings(path: Path | str) -> MegatronSettings:
@@ -113,8 +113,8 @@ def settings_from_state(
     """As :func:`read_megatron_settings`, from a common state that was read before."""
     args = namespace_dict(state.get("args"), what)
     stored = state.get("iteration", iteration)
-    llama = llama_from_arguments(args, padded_vocab_size, what)
-    return MegatronSettings(stored if type(stored) is int else iteration, args, dmc_from_arguments(args, what), llama)
+    config = llama_from_arguments(args, padded_vocab_size, what)
+    return MegatronSettings(stored if type(stored) is int else iteration, args, dmc_from_arguments(args, what), config)
 
 
 def namespace_dict(namespace: Any, what: str) -> dict[str, Any]:
@@ -132,27 +132,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def megatron_arguments(llama: LlamaConfig) -> dict[str, Any]:
+def megatron_arguments(config: ModelConfig) -> dict[str, Any]:
     """Megatron's arguments (by attribute name) that build this Llama.
 
     Raises:
         ValueError: a rotary base or scaling that Megatron core cannot express.
     """
-    arguments = {argument: getattr(llama, field) for argument, field in _FIELDS.items()} | LLAMA_ARGUMENTS
-    if llama.rope_theta != int(llama.rope_theta):
-        raise ValueError(f"rope_theta={llama.rope_theta}: Megatron's --rotary-base takes whole numbers only")
+    arguments = {argument: getattr(config, field) for argument, field in _FIELDS.items()} | LLAMA_ARGUMENTS
+    if config.rope_theta != int(config.rope_theta):
+        raise ValueError(f"rope_theta={config.rope_theta}: Megatron's --rotary-base takes whole numbers only")
     arguments |= {
-        "group_query_attention": llama.num_kv_heads != llama.num_attention_heads,
-        "untie_embeddings_and_output_weights": not llama.tie_word_embeddings,
-        "rotary_base": int(llama.rope_theta),
+        "group_query_attention": config.num_kv_heads != config.num_attention_heads,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "rotary_base": int(config.rope_theta),
         "rotary_seq_len_interpolation_factor": None,
         "use_rope_scaling": False,
         "rope_scaling_factor": 8.0,
-        "params_dtype": llama.dtype,
-        "bf16": llama.dtype == "bfloat16",
-        "fp16": llama.dtype == "float16",
+        "params_dtype": config.dtype,
+        "bf16": config.dtype == "bfloat16",
+        "fp16": config.dtype == "float16",
     }
-    return arguments | _scaling_arguments(llama.rope_scaling)
+    return arguments | _scaling_arguments(config.rope_scaling)
 
 
 def _scaling_arguments(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _scaling_arguments(scaling: RopeScaling | None) -> dict[str, Any]:
     return {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
 
 
-def llama_from_arguments(args: Mapping[str, Any], padded_vocab_size: int, what: str) -> LlamaConfig:
+def llama_from_arguments(args: Mapping[str, Any], padded_vocab_size: int, what: str) -> ModelConfig:
     """The Llama that saved arguments describe; the inverse of :func:`megatron_arguments`.
 
     ``vocab_size`` is the saved one; where Megatron saved none, the padded size stands for it.
@@ -201,7 +201,7 @@ def llama_from_arguments(args: Mapping[str, Any], padded_vocab_size: int, what: 
     scaling = RopeScaling("linear", float(factor)) if factor is not None else None
     if args.get("use_rope_scaling"):
         scaling = dataclasses.replace(_LLAMA3_CONSTANTS, factor=float(args.get("rope_scaling_factor", 8.0)))
-    return LlamaConfig(
+    return ModelConfig(
         **values,
         rope_theta=float(args.get("rotary_base", 10000)),
         rope_scaling=scaling,

@@ -17,7 +17,7 @@ from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locat
 from megatron_dmc.checkpoint.settings import MegatronSettings, settings_from_state
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape
 from megatron_dmc.models.tensors import Entry, by_hf_name, check_names, entries
 
@@ -32,13 +32,13 @@ class Source(ABC):
     Attributes:
         directory: where its weights are.
         companions: folder with its configuration and tokenizer files; it need not exist.
-        llama: its shape, with the type of its stored tensors.
+        config: its shape, with the type of its stored tensors.
         dmc: its DMC settings; None: it has none.
     """
 
     directory: Path
     companions: Path
-    llama: LlamaConfig
+    config: ModelConfig
     dmc: DMCConfig | None
     _last: tuple[Entry, Sequence[Tensor]] | None = None
 
@@ -48,11 +48,11 @@ class Source(ABC):
 
     def names(self) -> list[str]:
         """Every tensor, in the order of the forward pass."""
-        return list(by_hf_name(self.llama))
+        return list(by_hf_name(self.config))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor. Those that Megatron fuses with it stay in memory until another entry is read."""
-        entry, place = by_hf_name(self.llama)[name]
+        entry, place = by_hf_name(self.config)[name]
         if self._last is None or self._last[0] != entry:
             self._last = None
             self._last = (entry, self.parts(entry))
@@ -77,7 +77,7 @@ class HuggingFaceSource(Source):
     def __init__(self, directory: Path) -> None:
         self.directory = self.companions = directory
         self.files = HuggingFaceDirectory(directory)
-        self.llama, self.dmc = self.files.llama, self.files.dmc
+        self.config, self.dmc = self.files.config, self.files.dmc
 
     def parts(self, entry: Entry) -> Sequence[Tensor]:
         return [self.tensor(name) for name in entry.hf_names]
@@ -110,9 +110,9 @@ class MegatronSource(Source):
         )
         self.states_vocab_size = type(self.settings.args.get("vocab_size")) is int
         dtype = str(self._weights.dtype()).removeprefix("torch.")
-        self.llama = dataclasses.replace(self.settings.llama, dtype=dtype)
+        self.config = dataclasses.replace(self.settings.config, dtype=dtype)
         self.dmc = self.settings.dmc
-        self.shape = MegatronShape(self.llama, padded)
+        self.shape = MegatronShape(self.config, padded)
         self._weights.check(self.shape)
 
     def set_vocab_size(self, vocab_size: int) -> None:
@@ -121,14 +121,14 @@ class MegatronSource(Source):
         Raises:
             ValueError: more rows than the checkpoint holds, or another number than it states.
         """
-        if self.states_vocab_size and vocab_size != self.llama.vocab_size:
-            raise ValueError(f"vocabulary of {vocab_size} ids: {self.directory} states {self.llama.vocab_size}")
+        if self.states_vocab_size and vocab_size != self.config.vocab_size:
+            raise ValueError(f"vocabulary of {vocab_size} ids: {self.directory} states {self.config.vocab_size}")
         if vocab_size > self.shape.padded_vocab_size:
             raise ValueError(
                 f"vocabulary of {vocab_size} ids: {self.directory} has {self.shape.padded_vocab_size} rows"
             )
-        self.llama = dataclasses.replace(self.llama, vocab_size=vocab_size)
-        self.shape = MegatronShape(self.llama, self.shape.padded_vocab_size)
+        self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
+        self.shape = MegatronShape(self.config, self.shape.padded_vocab_size)
 
     def parts(self, entry: Entry) -> Sequence[Tensor]:
         return entry.mapping.layout.split(self.fused(entry), self.shape)
@@ -158,11 +158,11 @@ class _TorchDistWeights:
     def check(self, shape: MegatronShape) -> None:
         """Names, shapes and types of every tensor."""
         given = {name for name in self.checkpoint.tensors if not name.startswith(_NOT_WEIGHTS)}
-        expected = entries(shape.llama)
+        expected = entries(shape.config)
         check_names(given, {entry.stacked_name for entry in expected}, str(self.checkpoint.directory))
         for entry in expected:
             tensor = self.checkpoint.tensors[entry.stacked_name]
-            layers = () if entry.layer is None else (shape.llama.num_layers,)
+            layers = () if entry.layer is None else (shape.config.num_layers,)
             _check_shape(entry.stacked_name, tensor.shape, (*layers, *entry.megatron_shape(shape)))
             _check_dtype(entry.stacked_name, tensor.dtype, self.dtype())
 
@@ -185,7 +185,7 @@ class _LegacyWeights:
 
     def check(self, shape: MegatronShape) -> None:
         """Names, shapes and types of every tensor."""
-        expected = entries(shape.llama)
+        expected = entries(shape.config)
         check_names(self.tensors, {entry.megatron_name for entry in expected}, str(self.checkpoint.directory))
         for entry in expected:
             shards = self.tensors[entry.megatron_name]

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_dmc.support.progress import progress
 
     model, companions = open_model(args)
-    tokens = _tokens(args, companions, model.llama.vocab_size)
-    sequences = cut_sequences(tokens, args.seq_length or model.llama.max_position_embeddings, args.sequences)
+    tokens = _tokens(args, companions, model.config.vocab_size)
+    sequences = cut_sequences(tokens, args.seq_length or model.config.max_position_embeddings, args.sequences)
     total = sequences.shape[0] * (sequences.shape[1] - 1)
     with progress(f"evaluating {args.model.name}", total, "tokens") as advance:
         evaluation = evaluate(

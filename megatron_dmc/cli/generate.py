@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     texts = _prompts(args)
     model, companions = open_model(args)
-    tokenizer = open_tokenizer(args, companions, model.llama.vocab_size)
+    tokenizer = open_tokenizer(args, companions, model.config.vocab_size)
     requests = _requests(args, texts, tokenizer)
     engine = Engine(model, max_sequences=args.max_sequences, block_size=args.block_size, num_blocks=args.num_blocks)
     _generate(engine, requests)

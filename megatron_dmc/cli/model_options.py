@@ -10,7 +10,7 @@ from megatron_dmc.models.config import DTYPES
 
 if TYPE_CHECKING:
     from megatron_dmc.data.tokenizer import Tokenizer
-    from megatron_dmc.inference.decoder.decoder import LlamaModel
+    from megatron_dmc.inference.decoder.decoder import Decoder
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def open_model(args: argparse.Namespace) -> tuple[LlamaModel, Path]:
+def open_model(args: argparse.Namespace) -> tuple[Decoder, Path]:
     """The model that ``args`` name, and the directory where its own tokenizer would be.
 
     Raises:
@@ -43,7 +43,7 @@ def open_model(args: argparse.Namespace) -> tuple[LlamaModel, Path]:
     import torch
 
     from megatron_dmc.checkpoint.source import open_source
-    from megatron_dmc.inference.decoder.decoder import LlamaModel
+    from megatron_dmc.inference.decoder.decoder import Decoder
 
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -52,7 +52,7 @@ def open_model(args: argparse.Namespace) -> tuple[LlamaModel, Path]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; cpu always works") from error
     source = open_source(args.model)
-    return LlamaModel(source, dtype=args.dtype, device=device), source.companions
+    return Decoder(source, dtype=args.dtype, device=device), source.companions
 
 
 def open_tokenizer(args: argparse.Namespace, companions: Path, vocab_size: int) -> Tokenizer:

@@ -90,12 +90,12 @@ def _check_model(args: argparse.Namespace, recipe: Recipe) -> None:
     from megatron_dmc.models.config import parse_hf_config
     from megatron_dmc.recipes.estimate import estimate, measure_peak_flops, refuse_what_cannot_fit
 
-    llama, dmc = parse_hf_config(args.hf_model)
+    config, dmc = parse_hf_config(args.hf_model)
     if dmc is not None:
         raise ValueError(f"{args.hf_model} is compressed already: give a plain Llama")
-    if recipe.seq_length > llama.max_position_embeddings:
-        raise ValueError(f"--seq-length {recipe.seq_length}: the model reads at most {llama.max_position_embeddings}")
-    needed = estimate(llama, recipe, measure_peak_flops())
+    if recipe.seq_length > config.max_position_embeddings:
+        raise ValueError(f"--seq-length {recipe.seq_length}: the model reads at most {config.max_position_embeddings}")
+    needed = estimate(config, recipe, measure_peak_flops())
     print(f"the retrofit of {args.hf_model} needs {needed}", flush=True)
     refuse_what_cannot_fit(needed, args.output, args.max_hours)
 

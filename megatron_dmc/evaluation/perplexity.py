@@ -18,7 +18,7 @@ from megatron_dmc.evaluation.agreement import Agreement
 from megatron_dmc.evaluation.scores import Advance, Scores, score_decode, score_whole
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
 from megatron_dmc.inference.cache.usage import CacheUsage
-from megatron_dmc.inference.decoder.decoder import LlamaModel
+from megatron_dmc.inference.decoder.decoder import Decoder
 
 TEACHER_FORCED, DECODE, BOTH = "teacher-forced", "decode", "both"
 PATHS = (TEACHER_FORCED, DECODE, BOTH)
@@ -111,7 +111,7 @@ def cut_sequences(tokens: np.ndarray, seq_length: int, num_sequences: int | None
 
 
 def evaluate(
-    model: LlamaModel,
+    model: Decoder,
     token_NT: Tensor,
     *,
     path: str = BOTH,
@@ -171,7 +171,7 @@ class _Sums:
         self.entries_LG: list[Tensor] = []
         self.usages: list[CacheUsage] = []
 
-    def timed(self, score: Any, model: LlamaModel, token_TB: Tensor, **options: Any) -> Scores:
+    def timed(self, score: Any, model: Decoder, token_TB: Tensor, **options: Any) -> Scores:
         """Score one batch and add it."""
         start = time.perf_counter()
         scores: Scores = score(model, token_TB, **options)
@@ -184,11 +184,11 @@ class _Sums:
         elif scores.alpha_LSBG is not None:
             self.entries_LG.append((~scores.alpha_LSBG).sum(dim=(1, 2)).cpu())
         else:
-            heads = (model.llama.num_layers, model.llama.num_kv_heads)
+            heads = (model.config.num_layers, model.config.num_kv_heads)
             self.entries_LG.append(torch.full(heads, scores.log_prob_SB.numel()))
         return scores
 
-    def result(self, model: LlamaModel) -> PathResult:
+    def result(self, model: Decoder) -> PathResult:
         """The measurement over all batches."""
         loss_N = torch.cat(self.loss_N)
         count = len(loss_N)
@@ -210,7 +210,7 @@ class _Sums:
         )
 
 
-def _check(model: LlamaModel, token_NT: Tensor, path: str, batch_size: int, prefill_length: int) -> None:
+def _check(model: Decoder, token_NT: Tensor, path: str, batch_size: int, prefill_length: int) -> None:
     if path not in PATHS:
         raise ValueError(f"path={path!r}: must be one of {', '.join(PATHS)}")
     if batch_size < 1:
@@ -218,11 +218,11 @@ def _check(model: LlamaModel, token_NT: Tensor, path: str, batch_size: int, pref
     seq_length = token_NT.shape[1] - 1
     if not 0 <= prefill_length <= seq_length:
         raise ValueError(f"prefill_length={prefill_length}: must be from 0 to the sequence length {seq_length}")
-    if seq_length > model.llama.max_position_embeddings:
+    if seq_length > model.config.max_position_embeddings:
         raise ValueError(
-            f"seq_length={seq_length}: the model reads at most {model.llama.max_position_embeddings} tokens"
+            f"seq_length={seq_length}: the model reads at most {model.config.max_position_embeddings} tokens"
         )
-    vocab_size = model.llama.vocab_size
+    vocab_size = model.config.vocab_size
     outside = token_NT[(token_NT < 0) | (token_NT >= vocab_size)]
     if len(outside):
         raise ValueError(

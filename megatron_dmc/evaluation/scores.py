@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
 from megatron_dmc.inference.cache.usage import CacheUsage
-from megatron_dmc.inference.decoder.decoder import LlamaModel
+from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.decoder.layer_attention import DecisionTrace
 
 LOGITS_AT_ONCE = 1 << 24
@@ -38,7 +38,7 @@ class Scores:
     """What the cache held at the end; None without a cache."""
 
 
-def score_whole(model: LlamaModel, token_TB: Tensor) -> Scores:
+def score_whole(model: Decoder, token_TB: Tensor) -> Scores:
     """Whole sequences at once; no cache.
 
     Args:
@@ -50,7 +50,7 @@ def score_whole(model: LlamaModel, token_TB: Tensor) -> Scores:
     logit_LSBG, alpha_LSBG = _stacked(trace)
     sequence_length, batch = log_prob_SB.shape
     if alpha_LSBG is None:
-        entries_per_token = batch * model.llama.num_layers * model.llama.num_kv_heads
+        entries_per_token = batch * model.config.num_layers * model.config.num_kv_heads
         entries_S = torch.arange(1, sequence_length + 1, device=token_TB.device) * entries_per_token
     else:
         entries_S = (~alpha_LSBG).sum(dim=(0, 2, 3)).cumsum(dim=0)
@@ -58,7 +58,7 @@ def score_whole(model: LlamaModel, token_TB: Tensor) -> Scores:
 
 
 def score_decode(
-    model: LlamaModel,
+    model: Decoder,
     token_TB: Tensor,
     *,
     prefill_length: int = 0,
@@ -98,9 +98,9 @@ def score_decode(
 
 
 @torch.no_grad()
-def _next_log_probs(model: LlamaModel, hidden_SBH: Tensor, target_SB: Tensor) -> Tensor:
+def _next_log_probs(model: Decoder, hidden_SBH: Tensor, target_SB: Tensor) -> Tensor:
     """float32 [S, B]; logits are made for a part of the positions at a time."""
-    positions = max(1, LOGITS_AT_ONCE // (model.llama.vocab_size * target_SB.shape[1]))
+    positions = max(1, LOGITS_AT_ONCE // (model.config.vocab_size * target_SB.shape[1]))
     parts = []
     for hidden, target in zip(hidden_SBH.split(positions), target_SB.split(positions), strict=True):
         logits = model.logits(hidden)

@@ -26,7 +26,7 @@ class DMCCache(Cache):
 
     def __init__(self, config: DMCLlamaConfig, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
         super().__init__(layers=[_LayerView(self) for _ in range(config.num_hidden_layers)])
-        self.llama, self.settings, self.block_size = config.shape(), config.settings(), block_size
+        self.shape, self.settings, self.block_size = config.shape(), config.settings(), block_size
         self.num_columns = 0
         """Columns of ``input_ids`` that were read, padding included."""
         self.paged: PagedKVCache | None = None
@@ -40,9 +40,9 @@ class DMCCache(Cache):
         """
         if self.paged is None or self.rows_B is None:
             shape = CacheShape(
-                num_layers=self.llama.num_layers,
-                num_kv_heads=self.llama.num_kv_heads,
-                head_dim=self.llama.head_dim,
+                num_layers=self.shape.num_layers,
+                num_kv_heads=self.shape.num_kv_heads,
+                head_dim=self.shape.head_dim,
                 dtype=dtype,
                 window_size=self.settings.window_size if self.settings.compresses else None,
                 block_size=self.block_size,

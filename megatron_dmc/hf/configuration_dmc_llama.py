@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaConfig as HuggingFaceLlamaConfig
+from transformers import LlamaConfig
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import DMC_MODEL_TYPE, LlamaConfig, parse_hf_config, to_hf_config
+from megatron_dmc.models.config import DMC_MODEL_TYPE, ModelConfig, parse_hf_config, to_hf_config
 
 
-class DMCLlamaConfig(HuggingFaceLlamaConfig):
+class DMCLlamaConfig(LlamaConfig):
     """Llama with a compressed cache.
 
     Args:
@@ -31,7 +31,7 @@ class DMCLlamaConfig(HuggingFaceLlamaConfig):
         """The settings of DMC."""
         return DMCConfig.from_dict(self.dmc)
 
-    def shape(self) -> LlamaConfig:
+    def shape(self) -> ModelConfig:
         """The shape of the model, as the rest of the package knows it.
 
         Raises:
@@ -43,7 +43,7 @@ class DMCLlamaConfig(HuggingFaceLlamaConfig):
         return llama
 
 
-_ANY_SHAPE = LlamaConfig(
+_ANY_SHAPE = ModelConfig(
     hidden_size=1,
     num_layers=1,
     num_attention_heads=1,

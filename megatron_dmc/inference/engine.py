@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
 from megatron_dmc.inference.cache.usage import CacheUsage
-from megatron_dmc.inference.decoder.decoder import LlamaModel
+from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams, sample
 
@@ -40,7 +40,7 @@ class Engine:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: Decoder,
         *,
         max_sequences: int = DEFAULT_MAX_SEQUENCES,
         block_size: int = DEFAULT_BLOCK_SIZE,
@@ -148,16 +148,16 @@ class Engine:
         return torch.tensor([request.row for request in requests], dtype=torch.int64, device=self.cache.device)
 
     def _check(self, index: int, request: Request) -> None:
-        llama, length = self.model.llama, len(request.prompt)
+        config, length = self.model.config, len(request.prompt)
         if not length:
             raise ValueError(f"prompt {index} is empty: give at least one token")
-        if not 0 <= min(request.prompt) <= max(request.prompt) < llama.vocab_size:
-            outside = next(token for token in request.prompt if not 0 <= token < llama.vocab_size)
+        if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
+            outside = next(token for token in request.prompt if not 0 <= token < config.vocab_size)
             raise ValueError(
-                f"prompt {index} holds token {outside}: the model's vocabulary is 0..{llama.vocab_size - 1}; "
+                f"prompt {index} holds token {outside}: the model's vocabulary is 0..{config.vocab_size - 1}; "
                 "give the tokenizer that the model was trained with"
             )
-        limit = llama.max_position_embeddings
+        limit = config.max_position_embeddings
         if length + request.sampling.max_new_tokens > limit:
             raise ValueError(
                 f"prompt {index} has {length} tokens and may grow by {request.sampling.max_new_tokens}: the model "

@@ -7,14 +7,14 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 
 
 class ModelSource(Protocol):
     """A Llama on disk; ``megatron_dmc.checkpoint.source.open_source`` opens every format that we read."""
 
     @property
-    def llama(self) -> LlamaConfig:
+    def config(self) -> ModelConfig:
         """Shape of the model."""
 
     @property

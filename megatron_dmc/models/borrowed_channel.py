@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_dmc.models import fusion
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.tensors import Entry
 
 
-def clear_borrowed_rows(entry: Entry, parts: Sequence[Tensor], llama: LlamaConfig) -> Sequence[Tensor]:
+def clear_borrowed_rows(entry: Entry, parts: Sequence[Tensor], config: ModelConfig) -> Sequence[Tensor]:
     """The tensors of an entry with the rows zeroed that produce borrowed channels of q and k.
 
     A plain Llama with these rows at zero computes what a DMC model computes without compression, because DMC
@@ -20,7 +20,7 @@ def clear_borrowed_rows(entry: Entry, parts: Sequence[Tensor], llama: LlamaConfi
     if entry.mapping.layout is not fusion.QKV:
         return parts
     q, k, v = parts
-    return (clear_rows(q, llama.head_dim), clear_rows(k, llama.head_dim), v)
+    return (clear_rows(q, config.head_dim), clear_rows(k, config.head_dim), v)
 
 
 def clear_rows(weight: Tensor, head_dim: int) -> Tensor:

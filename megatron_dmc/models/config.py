@@ -62,7 +62,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class ModelConfig:
     """Everything that determines the computation of a Llama model, and its stored dtype.
 
     Raises ``ValueError`` on sizes out of bounds or heads that do not divide into groups.
@@ -104,7 +104,7 @@ class LlamaConfig:
         return self.num_attention_heads // self.num_kv_heads
 
 
-def parse_hf_config(source: Mapping[str, Any] | str | Path) -> tuple[LlamaConfig, DMCConfig | None]:
+def parse_hf_config(source: Mapping[str, Any] | str | Path) -> tuple[ModelConfig, DMCConfig | None]:
     """Read ``config.json`` as transformers 4 and 5 write it for Llama and Llama-shaped models.
 
     Args:
@@ -130,7 +130,7 @@ def parse_hf_config(source: Mapping[str, Any] | str | Path) -> tuple[LlamaConfig
     heads = _number(given, "num_attention_heads", int)
     hidden_size = _number(given, "hidden_size", int)
     theta, scaling = _parse_rope(given)
-    llama = LlamaConfig(
+    config = ModelConfig(
         hidden_size=hidden_size,
         num_layers=_number(given, "num_hidden_layers", int),
         num_attention_heads=heads,
@@ -145,11 +145,11 @@ def parse_hf_config(source: Mapping[str, Any] | str | Path) -> tuple[LlamaConfig
         tie_word_embeddings=_flag(given, "tie_word_embeddings"),
         dtype=_parse_dtype(given),
     )
-    return llama, _parse_dmc(given)
+    return config, _parse_dmc(given)
 
 
 def to_hf_config(
-    llama: LlamaConfig,
+    config: ModelConfig,
     dmc: DMCConfig | None = None,
     *,
     bos_token_id: int | None = None,
@@ -160,22 +160,22 @@ def to_hf_config(
 
     ``dmc`` given: the model type is ``dmc_llama`` and the file carries every DMC setting and the schema version.
     """
-    config: dict[str, Any] = {
+    written: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM" if dmc is None else "DMCLlamaForCausalLM"],
         "model_type": "llama" if dmc is None else DMC_MODEL_TYPE,
-        "hidden_size": llama.hidden_size,
-        "num_hidden_layers": llama.num_layers,
-        "num_attention_heads": llama.num_attention_heads,
-        "num_key_value_heads": llama.num_kv_heads,
-        "head_dim": llama.head_dim,
-        "intermediate_size": llama.ffn_hidden_size,
-        "vocab_size": llama.vocab_size,
-        "max_position_embeddings": llama.max_position_embeddings,
-        "rms_norm_eps": llama.rms_norm_eps,
-        "rope_theta": llama.rope_theta,
-        "rope_scaling": _rope_scaling_json(llama.rope_scaling),
-        "tie_word_embeddings": llama.tie_word_embeddings,
-        "torch_dtype": llama.dtype,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_hidden_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _rope_scaling_json(config.rope_scaling),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": config.dtype,
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -186,8 +186,8 @@ def to_hf_config(
         "pad_token_id": pad_token_id,
     }
     if dmc is not None:
-        config["dmc"] = dmc.to_dict()
-    return config
+        written["dmc"] = dmc.to_dict()
+    return written
 
 
 def read_config_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 
 VOCAB_MULTIPLE = 128
 """Megatron's --make-vocab-size-divisible-by."""
@@ -22,7 +22,7 @@ VOCAB_MULTIPLE = 128
 class MegatronShape:
     """A Llama as Megatron holds it: with a vocabulary padded for its kernels and its tensor parallelism."""
 
-    llama: LlamaConfig
+    config: ModelConfig
     padded_vocab_size: int
 
 
@@ -32,19 +32,19 @@ def padded_vocab_size(vocab_size: int, tensor_size: int = 1) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, llama: LlamaConfig) -> Tensor:
+def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
     """q ``[N D, h]``, k and v ``[G D, h]`` -> ``[(N + 2 G) D, h]``: per KV head its queries, its key, its value."""
-    groups, hidden = llama.num_kv_heads, q.shape[-1]
-    queries = llama.queries_per_kv_head * llama.head_dim
+    groups, hidden = config.num_kv_heads, q.shape[-1]
+    queries = config.queries_per_kv_head * config.head_dim
     parts = (q.reshape(groups, queries, hidden), k.reshape(groups, -1, hidden), v.reshape(groups, -1, hidden))
     return torch.cat(parts, dim=1).reshape(-1, hidden)
 
 
-def split_qkv(fused: Tensor, llama: LlamaConfig) -> tuple[Tensor, Tensor, Tensor]:
+def split_qkv(fused: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of :func:`fuse_qkv`."""
-    groups, hidden, head_dim = llama.num_kv_heads, fused.shape[-1], llama.head_dim
+    groups, hidden, head_dim = config.num_kv_heads, fused.shape[-1], config.head_dim
     by_group = fused.reshape(groups, -1, hidden)
-    sizes = (llama.queries_per_kv_head * head_dim, head_dim, head_dim)
+    sizes = (config.queries_per_kv_head * head_dim, head_dim, head_dim)
     q, k, v = (part.reshape(-1, hidden) for part in by_group.split(sizes, dim=1))
     return q, k, v
 
@@ -74,7 +74,7 @@ class Layout:
 
 def _fuse_qkv(parts: Sequence[Tensor], shape: MegatronShape) -> Tensor:
     q, k, v = parts
-    return fuse_qkv(q, k, v, shape.llama)
+    return fuse_qkv(q, k, v, shape.config)
 
 
 def _only(parts: Sequence[Tensor], shape: MegatronShape) -> Tensor:
@@ -125,13 +125,13 @@ REPLICATED = Layout(_only, _alone, _copies, _first_of_equal)
 COLUMNS = Layout(_only, _alone, _cut(1), _join(1))
 VOCABULARY = Layout(
     fuse=lambda parts, shape: pad_vocabulary(parts[0], shape.padded_vocab_size),
-    split=lambda fused, shape: (fused[: shape.llama.vocab_size],),
+    split=lambda fused, shape: (fused[: shape.config.vocab_size],),
     shard=_cut(0),
     unshard=_join(0),
 )
 QKV = Layout(
     fuse=_fuse_qkv,
-    split=lambda fused, shape: split_qkv(fused, shape.llama),
+    split=lambda fused, shape: split_qkv(fused, shape.config),
     shard=_cut(0),
     unshard=_join(0),
 )

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_dmc.models import fusion
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import Layout, MegatronShape
 
 
@@ -110,33 +110,33 @@ class Entry:
         """The Hugging Face tensors that it is made of."""
         return tuple(_numbered(name, self.layer) for name, _ in self.mapping.hugging_face)
 
-    def hf_shapes(self, llama: LlamaConfig) -> tuple[tuple[int, ...], ...]:
+    def hf_shapes(self, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
         """The shapes of those."""
-        sizes = _sizes(llama)
+        sizes = _sizes(config)
         return tuple(tuple(sizes[letter] for letter in letters) for _, letters in self.mapping.hugging_face)
 
     def megatron_shape(self, shape: MegatronShape) -> tuple[int, ...]:
         """Its shape in Megatron, over all tensor ranks."""
         if self.mapping.layout is fusion.VOCABULARY:
-            return (shape.padded_vocab_size, shape.llama.hidden_size)
-        shapes = self.hf_shapes(shape.llama)
+            return (shape.padded_vocab_size, shape.config.hidden_size)
+        shapes = self.hf_shapes(shape.config)
         return (sum(part[0] for part in shapes), *shapes[0][1:])
 
 
-def entries(llama: LlamaConfig) -> list[Entry]:
+def entries(config: ModelConfig) -> list[Entry]:
     """Every tensor of a model, in the order of its forward pass."""
-    rows = [row for row in TABLE if not (llama.tie_word_embeddings and row.megatron == OUTPUT_LAYER)]
+    rows = [row for row in TABLE if not (config.tie_word_embeddings and row.megatron == OUTPUT_LAYER)]
     first_layer_row = next(index for index, row in enumerate(rows) if row.per_layer)
     before, after = rows[:first_layer_row], [row for row in rows[first_layer_row:] if not row.per_layer]
     layer_rows = [row for row in rows if row.per_layer]
-    in_layers = [Entry(row, layer) for layer in range(llama.num_layers) for row in layer_rows]
+    in_layers = [Entry(row, layer) for layer in range(config.num_layers) for row in layer_rows]
     return [Entry(row, None) for row in before] + in_layers + [Entry(row, None) for row in after]
 
 
 @functools.lru_cache(maxsize=8)
-def by_hf_name(llama: LlamaConfig) -> dict[str, tuple[Entry, int]]:
+def by_hf_name(config: ModelConfig) -> dict[str, tuple[Entry, int]]:
     """For every Hugging Face name its entry and its place among the entry's tensors."""
-    return {name: (entry, place) for entry in entries(llama) for place, name in enumerate(entry.hf_names)}
+    return {name: (entry, place) for entry in entries(config) for place, name in enumerate(entry.hf_names)}
 
 
 def check_names(given: Iterable[str], expected: Iterable[str], what: str) -> None:
@@ -160,11 +160,11 @@ def _numbered(name: str, layer: int | None) -> str:
     return name if layer is None else name.replace("*", str(layer))
 
 
-def _sizes(llama: LlamaConfig) -> dict[str, int]:
+def _sizes(config: ModelConfig) -> dict[str, int]:
     return {
-        "h": llama.hidden_size,
-        "q": llama.num_attention_heads * llama.head_dim,
-        "kv": llama.num_kv_heads * llama.head_dim,
-        "f": llama.ffn_hidden_size,
-        "v": llama.vocab_size,
+        "h": config.hidden_size,
+        "q": config.num_attention_heads * config.head_dim,
+        "kv": config.num_kv_heads * config.head_dim,
+        "f": config.ffn_hidden_size,
+        "v": config.vocab_size,
     }

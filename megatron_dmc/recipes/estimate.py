@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.recipes.recipe import Recipe
 from megatron_dmc.support.progress import amount, duration
 
@@ -42,20 +42,20 @@ class Estimate:
         )
 
 
-def num_parameters(llama: LlamaConfig) -> int:
+def num_parameters(config: ModelConfig) -> int:
     """Parameters of a model."""
-    heads = 2 * llama.num_attention_heads + 2 * llama.num_kv_heads
-    layer = llama.hidden_size * (heads * llama.head_dim + 3 * llama.ffn_hidden_size + 2)
-    vocabulary = llama.vocab_size * llama.hidden_size * (1 if llama.tie_word_embeddings else 2)
-    return llama.num_layers * layer + vocabulary + llama.hidden_size
+    heads = 2 * config.num_attention_heads + 2 * config.num_kv_heads
+    layer = config.hidden_size * (heads * config.head_dim + 3 * config.ffn_hidden_size + 2)
+    vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return config.num_layers * layer + vocabulary + config.hidden_size
 
 
-def estimate(llama: LlamaConfig, recipe: Recipe, peak_flops: float) -> Estimate:
+def estimate(config: ModelConfig, recipe: Recipe, peak_flops: float) -> Estimate:
     """The needs of ``recipe`` on a machine that does ``peak_flops`` operations per second."""
-    parameters = num_parameters(llama)
+    parameters = num_parameters(config)
     tokens = recipe.micro_batch("retrofit") * recipe.seq_length
-    kept = 4 * tokens * llama.hidden_size * ACTIVATIONS_PER_TOKEN_AND_LAYER * llama.num_layers
-    logits = 4 * tokens * llama.vocab_size * LOGIT_COPIES
+    kept = 4 * tokens * config.hidden_size * ACTIVATIONS_PER_TOKEN_AND_LAYER * config.num_layers
+    logits = 4 * tokens * config.vocab_size * LOGIT_COPIES
     retrofit_samples = recipe.total_samples - recipe.first_sample("zero_out")
     trained_tokens = recipe.seq_length * (recipe.total_samples + retrofit_samples)
     stages = 1 + 2 * 3

@@ -24,10 +24,10 @@ def measure(model_path: Path, data: Path, seq_length: int, num_sequences: int, *
     """
     from megatron_dmc.checkpoint.source import open_source
     from megatron_dmc.evaluation.perplexity import BOTH, TEACHER_FORCED, cut_sequences, evaluate
-    from megatron_dmc.inference.decoder.decoder import LlamaModel
+    from megatron_dmc.inference.decoder.decoder import Decoder
 
     sequences = cut_sequences(IndexedTokens(data).tokens, seq_length, num_sequences)
-    model = LlamaModel(open_source(model_path), dtype="float32")
+    model = Decoder(open_source(model_path), dtype="float32")
     with progress(f"measuring {model_path.name}", len(sequences) * seq_length, "tokens") as advance:
         result = evaluate(model, sequences, path=BOTH if decode else TEACHER_FORCED, advance=advance)
     return result.to_dict()

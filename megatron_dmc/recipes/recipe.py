@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.training.arguments import llama_flags
 
-SMALL_LLAMA = LlamaConfig(
+SMALL_LLAMA = ModelConfig(
     hidden_size=128,
     num_layers=4,
     num_attention_heads=4,
@@ -163,6 +163,8 @@ def _dmc(recipe: Recipe, name: str, *, plain: bool) -> DMCConfig:
     return dataclasses.replace(settings, temperature=recipe.retrofit_temperature)
 
 
-def shape_flags(llama: LlamaConfig) -> list[str]:
+def shape_flags(config: ModelConfig) -> list[str]:
     """Megatron's flags for a model that is trained from scratch."""
-    return [part for flag, value in llama_flags(llama).items() for part in ([flag] if value is None else [flag, value])]
+    return [
+        part for flag, value in llama_flags(config).items() for part in ([flag] if value is None else [flag, value])
+    ]

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from megatron_dmc.config import SCHEMA_VERSION, DMCConfig
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 
 LLAMA_ARGUMENTS: dict[str, str | None] = {
     "--hidden-dropout": "0.0",
@@ -130,25 +130,25 @@ def dmc_config_from_args(args: Any) -> DMCConfig:
     return DMCConfig(**{field.name: getattr(args, f"dmc_{field.name}") for field in dataclasses.fields(DMCConfig)})
 
 
-def llama_flags(llama: LlamaConfig) -> dict[str, str | None]:
+def llama_flags(config: ModelConfig) -> dict[str, str | None]:
     """Megatron's flags for the shape of a model. Raises ``ValueError`` where Megatron has no flag for it."""
     flags: dict[str, str | None] = {
-        "--num-layers": str(llama.num_layers),
-        "--hidden-size": str(llama.hidden_size),
-        "--ffn-hidden-size": str(llama.ffn_hidden_size),
-        "--num-attention-heads": str(llama.num_attention_heads),
-        "--kv-channels": str(llama.head_dim),
+        "--num-layers": str(config.num_layers),
+        "--hidden-size": str(config.hidden_size),
+        "--ffn-hidden-size": str(config.ffn_hidden_size),
+        "--num-attention-heads": str(config.num_attention_heads),
+        "--kv-channels": str(config.head_dim),
         "--group-query-attention": None,
-        "--num-query-groups": str(llama.num_kv_heads),
-        "--max-position-embeddings": str(llama.max_position_embeddings),
-        "--norm-epsilon": str(llama.rms_norm_eps),
-        "--rotary-base": _whole(llama.rope_theta),
+        "--num-query-groups": str(config.num_kv_heads),
+        "--max-position-embeddings": str(config.max_position_embeddings),
+        "--norm-epsilon": str(config.rms_norm_eps),
+        "--rotary-base": _whole(config.rope_theta),
         "--tokenizer-type": "NullTokenizer",
-        "--vocab-size": str(llama.vocab_size),
+        "--vocab-size": str(config.vocab_size),
     }
-    if not llama.tie_word_embeddings:
+    if not config.tie_word_embeddings:
         flags["--untie-embeddings-and-output-weights"] = None
-    scaling = llama.rope_scaling
+    scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type == "linear":
         flags["--rotary-seq-len-interpolation-factor"] = _whole(scaling.factor)
     elif scaling is not None:

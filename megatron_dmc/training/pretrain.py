@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.seam import host
 from megatron_dmc.seam.processes import complete_environment
 from megatron_dmc.support.errors import InfrastructureError
@@ -64,7 +64,7 @@ def prepare(argv: list[str]) -> Run:
     settings = dmc_config_from_args(given)
     refuse_flags(argv, settings.stage)
     start = find_start(settings, given.save, given.pretrained_checkpoint)
-    _check_tokens(given, start.llama)
+    _check_tokens(given, start.config)
     argv = _complete(argv, given, start)
     complete_environment()
     if host.needs_cpu():
@@ -111,20 +111,20 @@ def _read_own_flags(argv: list[str]) -> argparse.Namespace:
     return given
 
 
-def _check_tokens(given: argparse.Namespace, llama: LlamaConfig | None) -> None:
-    if llama is None:
+def _check_tokens(given: argparse.Namespace, config: ModelConfig | None) -> None:
+    if config is None:
         return
     from megatron_dmc.data.manifest import read_manifest
 
-    if given.seq_length and int(given.seq_length) > llama.max_position_embeddings:
+    if given.seq_length and int(given.seq_length) > config.max_position_embeddings:
         raise ValueError(
-            f"--seq-length {given.seq_length}: the model was built for {llama.max_position_embeddings} positions"
+            f"--seq-length {given.seq_length}: the model was built for {config.max_position_embeddings} positions"
         )
     for prefix in [*(given.data_path or []), *(given.train_data_path or [])]:
         manifest = read_manifest(prefix)
-        if manifest is not None and manifest["vocab_size"] > llama.vocab_size:
+        if manifest is not None and manifest["vocab_size"] > config.vocab_size:
             raise ValueError(
-                f"{prefix} was tokenized with {manifest['vocab_size']} ids, the model has {llama.vocab_size}: "
+                f"{prefix} was tokenized with {manifest['vocab_size']} ids, the model has {config.vocab_size}: "
                 "prepare the data with the model's own tokenizer"
             )
 
@@ -132,8 +132,8 @@ def _check_tokens(given: argparse.Namespace, llama: LlamaConfig | None) -> None:
 def _complete(argv: list[str], given: argparse.Namespace, start: Start) -> list[str]:
     """``argv`` with what a Llama, this machine and the start of the run require; prints what it added."""
     tables = [LLAMA_ARGUMENTS, STAGE_ARGUMENTS[given.dmc_stage]]
-    if start.llama is not None:
-        shape = llama_flags(start.llama)
+    if start.config is not None:
+        shape = llama_flags(start.config)
         check_shape(argv, shape)
         tables.append(shape)
     if host.needs_cpu():

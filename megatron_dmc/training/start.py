@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.stages import check_start, clears_borrowed_rows
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -24,13 +24,13 @@ class Start:
     """Where a run starts.
 
     Attributes:
-        llama: shape of the model; None when it is trained from scratch by Megatron's own flags.
+        config: shape of the model; None when it is trained from scratch by Megatron's own flags.
         resumes: continues its own stage from ``--save``.
         clears_rows: the borrowed rows must become zero before the first step.
         first_sample: where the stage starts in the training data; consumed samples of the checkpoint before it.
     """
 
-    llama: LlamaConfig | None
+    config: ModelConfig | None
     resumes: bool
     clears_rows: bool = False
     first_sample: int = 0
@@ -67,7 +67,7 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
                 f"--dmc-stage {settings.stage} needs trained weights: give --pretrained-checkpoint DIR, a checkpoint "
                 "made by `megatron-dmc convert import` or by the previous stage"
             )
-        return Start(llama=None, resumes=False)
+        return Start(config=None, resumes=False)
     if saved_iteration(base) is None:
         raise ValueError(
             f"--pretrained-checkpoint {base}: no {TRACKER} there; give a directory written by "
@@ -78,7 +78,7 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
     check_start(settings.stage, base_stage, base)
     consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage != "off" else 0
     clears_rows = clears_borrowed_rows(settings.stage, base_stage)
-    return Start(stored.llama, resumes=False, clears_rows=clears_rows, first_sample=consumed)
+    return Start(stored.config, resumes=False, clears_rows=clears_rows, first_sample=consumed)
 
 
 def _read(directory: str) -> Any:
@@ -103,4 +103,4 @@ def _resume(settings: DMCConfig, save: str) -> Start:
             + "\n  ".join(different)
             + "\ngive the same settings to continue it, or another --save"
         )
-    return Start(stored.llama, resumes=True, first_sample=int(stored.args.get("dmc_first_sample") or 0))
+    return Start(stored.config, resumes=True, first_sample=int(stored.args.get("dmc_first_sample") or 0))

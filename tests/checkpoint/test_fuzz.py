@@ -90,7 +90,7 @@ def test_a_whole_model(torch_dist):
 
     def read() -> None:
         source = open_source(torch_dist)
-        for entry in entries(source.llama)[:4]:
+        for entry in entries(source.config)[:4]:
             source.parts(entry)
 
     _fuzz(torch_dist / "__0_0.distcp", read, slice(20_000, 60_000))

@@ -16,11 +16,11 @@ from megatron_dmc.checkpoint.settings import (
     namespace_dict,
 )
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import LlamaConfig, RopeScaling
+from megatron_dmc.models.config import ModelConfig, RopeScaling
 from tests.checkpoints_convert.models import TINY, VARIANTS
 
 LLAMAS = st.builds(
-    LlamaConfig,
+    ModelConfig,
     hidden_size=st.integers(1, 512),
     num_layers=st.integers(1, 8),
     num_attention_heads=st.just(12),
@@ -38,8 +38,8 @@ LLAMAS = st.builds(
 
 
 @given(LLAMAS)
-def test_a_llama_survives_megatrons_arguments(llama):
-    assert llama_from_arguments(megatron_arguments(llama), 1024, "it") == llama
+def test_a_llama_survives_megatrons_arguments(config):
+    assert llama_from_arguments(megatron_arguments(config), 1024, "it") == config
 
 
 @given(st.builds(DMCConfig, window_size=st.integers(0, 64), stop_at_cr=st.none() | st.floats(1, 8)))
@@ -50,7 +50,7 @@ def test_dmc_settings_survive(dmc):
 def test_a_converted_checkpoint_describes_its_model(torch_dist, legacy):
     for directory in (torch_dist, legacy):
         settings = read_megatron_settings(directory.parent)
-        assert (settings.llama, settings.dmc, settings.iteration) == (TINY, None, 0)
+        assert (settings.config, settings.dmc, settings.iteration) == (TINY, None, 0)
         assert settings.args["params_dtype"] == "float32"
 
 

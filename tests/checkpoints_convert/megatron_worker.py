@@ -20,13 +20,13 @@ from megatron_dmc.checkpoint.settings import megatron_arguments
 from megatron_dmc.seam import host
 
 
-def build_model(llama: Any, padded_vocab_size: int, pipeline_rank: int = 0, pipeline_size: int = 1) -> Any:
+def build_model(config: Any, padded_vocab_size: int, pipeline_rank: int = 0, pipeline_size: int = 1) -> Any:
     """Megatron's own GPTModel for the arguments that a checkpoint states."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    arguments = megatron_arguments(llama)
+    arguments = megatron_arguments(config)
     config = TransformerConfig(
         num_layers=arguments["num_layers"],
         hidden_size=arguments["hidden_size"],
@@ -43,8 +43,8 @@ def build_model(llama: Any, padded_vocab_size: int, pipeline_rank: int = 0, pipe
         attention_dropout=0.0,
         tensor_model_parallel_size=_size("tensor"),
         pipeline_model_parallel_size=pipeline_size,
-        params_dtype=getattr(torch, llama.dtype),
-        pipeline_dtype=getattr(torch, llama.dtype),
+        params_dtype=getattr(torch, config.dtype),
+        pipeline_dtype=getattr(torch, config.dtype),
         bf16=arguments["bf16"],
         fp16=arguments["fp16"],
         use_cpu_initialization=True,
@@ -138,13 +138,13 @@ def main() -> None:
         settings = read_megatron_settings(job["checkpoint"])
         rank = parallel_state.get_pipeline_model_parallel_rank()
         # Float32 whatever is stored: Megatron casts when it loads, and rounding does not hide a wrong layout.
-        llama = dataclasses.replace(settings.llama, dtype="float32")
-        model = build_model(llama, settings.args["padded_vocab_size"], rank, work["pipeline"]).eval()
+        config = dataclasses.replace(settings.config, dtype="float32")
+        model = build_model(config, settings.args["padded_vocab_size"], rank, work["pipeline"]).eval()
         load_weights(model, Path(job["checkpoint"]))
         with torch.no_grad():
             logits = logits_of(model, torch.tensor(job["tokens"]))
         if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
-            torch.save(logits[..., : llama.vocab_size], job["logits"])
+            torch.save(logits[..., : config.vocab_size], job["logits"])
     torch.distributed.destroy_process_group()
 
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import LlamaConfig, RopeScaling, to_hf_config
+from megatron_dmc.models.config import ModelConfig, RopeScaling, to_hf_config
 from megatron_dmc.models.tensors import entries
 
-TINY = LlamaConfig(
+TINY = ModelConfig(
     hidden_size=32,
     num_layers=4,
     num_attention_heads=4,
@@ -39,38 +39,38 @@ VARIANTS = {
 }
 
 
-def random_tensors(llama: LlamaConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Weights of a model under Hugging Face names."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for entry in entries(llama):
-        for name, shape in zip(entry.hf_names, entry.hf_shapes(llama), strict=True):
+    for entry in entries(config):
+        for name, shape in zip(entry.hf_names, entry.hf_shapes(config), strict=True):
             weight = torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1)
-            tensors[name] = (weight + (1 if len(shape) == 1 else 0)).to(getattr(torch, llama.dtype))
+            tensors[name] = (weight + (1 if len(shape) == 1 else 0)).to(getattr(torch, config.dtype))
     return tensors
 
 
 def write_model(
-    directory: Path, llama: LlamaConfig = TINY, dmc: DMCConfig | None = None, *, seed: int = 0, **config: Any
+    directory: Path, config: ModelConfig = TINY, dmc: DMCConfig | None = None, *, seed: int = 0, **more: Any
 ) -> Path:
-    """A Hugging Face directory with random weights; ``config`` adds to its ``config.json``."""
+    """A Hugging Face directory with random weights; ``more`` adds to its ``config.json``."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(random_tensors(llama, seed), directory / "model.safetensors", metadata={"format": "pt"})
-    settings = to_hf_config(llama, dmc, bos_token_id=1, eos_token_id=2) | config
+    save_file(random_tensors(config, seed), directory / "model.safetensors", metadata={"format": "pt"})
+    settings = to_hf_config(config, dmc, bos_token_id=1, eos_token_id=2) | more
     (directory / "config.json").write_text(json.dumps(settings))
     return directory
 
 
-def write_with_transformers(directory: Path, llama: LlamaConfig, seed: int = 0) -> Path:
+def write_with_transformers(directory: Path, config: ModelConfig, seed: int = 0) -> Path:
     """The same shape, made and saved by transformers."""
     import transformers
 
     torch.manual_seed(seed)
     settings = {
-        name: value for name, value in to_hf_config(llama).items() if name not in ("architectures", "torch_dtype")
+        name: value for name, value in to_hf_config(config).items() if name not in ("architectures", "torch_dtype")
     }
-    config = transformers.LlamaConfig(**settings, initializer_range=0.3)
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, llama.dtype))
+    theirs = transformers.LlamaConfig(**settings, initializer_range=0.3)
+    model = transformers.LlamaForCausalLM(theirs).to(getattr(torch, config.dtype))
     model.save_pretrained(directory, max_shard_size="40KB")
     return directory
 

@@ -11,36 +11,36 @@ import torch
 from checkpoints_convert.dmc_branch_to_megatron import import_dmc_release, release_settings
 from checkpoints_convert.options import Options
 from megatron_dmc.checkpoint.source import open_source
-from megatron_dmc.models.config import LlamaConfig, parse_hf_config
+from megatron_dmc.models.config import ModelConfig, parse_hf_config
 from megatron_dmc.models.fusion import MegatronShape
 from megatron_dmc.models.tensors import EXTRA_STATE_MODULES, entries
 from tests.checkpoint.test_guard import Shell
 from tests.checkpoints_convert.models import random_tensors
 
 UNVERIFIED = Options(verify=False)
-SMALL_LLAMA2 = LlamaConfig(32, 2, 4, 4, 8, 48, 32000, 4096, 1e-5, dtype="bfloat16")
+SMALL_LLAMA2 = ModelConfig(32, 2, 4, 4, 8, 48, 32000, 4096, 1e-5, dtype="bfloat16")
 
 
-def _write_release(directory: Path, llama: LlamaConfig = SMALL_LLAMA2) -> Path:
+def _write_release(directory: Path, config: ModelConfig = SMALL_LLAMA2) -> Path:
     """One rank, bfloat16, names of Transformer Engine with its states as file objects, arguments of early 2024."""
-    tensors = random_tensors(llama)
-    shape = MegatronShape(llama, llama.vocab_size)
+    tensors = random_tensors(config)
+    shape = MegatronShape(config, config.vocab_size)
     model = {}
-    for entry in entries(llama):
+    for entry in entries(config):
         model[entry.megatron_name] = entry.mapping.layout.fuse([tensors[name] for name in entry.hf_names], shape)
-    for layer in range(llama.num_layers):
+    for layer in range(config.num_layers):
         for module in (*EXTRA_STATE_MODULES, "decoder.layers.*.self_attention.core_attention"):
             model[f"{module.replace('*', str(layer))}._extra_state"] = io.BytesIO()
     arguments = Namespace(
-        num_layers=llama.num_layers,
-        hidden_size=llama.hidden_size,
-        ffn_hidden_size=llama.ffn_hidden_size,
-        num_attention_heads=llama.num_attention_heads,
-        kv_channels=llama.head_dim,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        kv_channels=config.head_dim,
         group_query_attention=False,
         num_query_groups=1,
-        max_position_embeddings=llama.max_position_embeddings,
-        norm_epsilon=llama.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        norm_epsilon=config.rms_norm_eps,
         position_embedding_type="rope",
         rotary_percent=1.0,
         add_bias_linear=False,
@@ -49,7 +49,7 @@ def _write_release(directory: Path, llama: LlamaConfig = SMALL_LLAMA2) -> Path:
         untie_embeddings_and_output_weights=True,
         bf16=True,
         params_dtype=torch.bfloat16,
-        padded_vocab_size=llama.vocab_size,
+        padded_vocab_size=config.vocab_size,
     )
     state = {"args": arguments, "checkpoint_version": 3.0, "iteration": 2000, "model": model}
     (directory / "mp_rank_00").mkdir(parents=True)
@@ -66,7 +66,7 @@ def test_a_release_becomes_both_formats(tmp_path, place):
     expected = random_tensors(SMALL_LLAMA2)
     for folder in ("megatron", "hugging_face"):
         source = open_source(tmp_path / "out" / folder)
-        assert source.llama == SMALL_LLAMA2
+        assert source.config == SMALL_LLAMA2
         assert source.dmc == release_settings(8.0)
         for name in source.names():
             assert torch.equal(source.tensor(name), expected[name]), name

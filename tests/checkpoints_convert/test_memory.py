@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints_convert.sizes import conversion_bytes, largest_layer_bytes
-from megatron_dmc.models.config import LlamaConfig, to_hf_config
+from megatron_dmc.models.config import ModelConfig, to_hf_config
 from megatron_dmc.models.fusion import MegatronShape, padded_vocab_size
 from megatron_dmc.models.tensors import by_hf_name
 
-WIDE = LlamaConfig(1024, 2, 8, 8, 128, 4096, 1000, 128, dtype="bfloat16")
+WIDE = ModelConfig(1024, 2, 8, 8, 128, 4096, 1000, 128, dtype="bfloat16")
 
 # Converts there and back at each depth, and reports the peaks of anonymous memory that a thread sampled meanwhile.
 PROGRAM = """
@@ -63,10 +63,10 @@ def test_the_peak_is_that_of_one_layer_whatever_the_depth(tmp_path, layout):
     assert deep <= conversion_bytes(MegatronShape(WIDE, padded_vocab_size(WIDE.vocab_size)))
 
 
-def _write_zeros(directory: Path, llama: LlamaConfig) -> None:
+def _write_zeros(directory: Path, config: ModelConfig) -> None:
     directory.mkdir(parents=True)
-    dtype = getattr(torch, llama.dtype)
-    names = by_hf_name(llama).items()
-    tensors = {name: torch.zeros(entry.hf_shapes(llama)[place], dtype=dtype) for name, (entry, place) in names}
+    dtype = getattr(torch, config.dtype)
+    names = by_hf_name(config).items()
+    tensors = {name: torch.zeros(entry.hf_shapes(config)[place], dtype=dtype) for name, (entry, place) in names}
     save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(to_hf_config(llama)))
+    (directory / "config.json").write_text(json.dumps(to_hf_config(config)))

@@ -25,7 +25,7 @@ def test_heads_are_averages_of_their_neighbours(tmp_path, groups, kind):
     merge_kv_heads(source if kind == "hugging_face" else tmp_path / "m", tmp_path / "out", num_kv_heads=groups)
     before, after = open_source(source), open_source(tmp_path / "out")
     assert isinstance(after, HuggingFaceSource if kind == "hugging_face" else MegatronSource)
-    assert after.llama == dataclasses.replace(FOUR_HEADS, num_kv_heads=groups)
+    assert after.config == dataclasses.replace(FOUR_HEADS, num_kv_heads=groups)
     for name in before.names():
         expected = before.tensor(name)
         if "k_proj" in name or "v_proj" in name:

@@ -39,7 +39,7 @@ LAYOUTS = {
 
 def _same_tensors(first, second) -> None:
     one, other = open_source(first), open_source(second)
-    assert one.llama == other.llama
+    assert one.config == other.config
     assert one.names() == other.names()
     for name in one.names():
         assert torch.equal(one.tensor(name), other.tensor(name)), name

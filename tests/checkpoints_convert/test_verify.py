@@ -156,7 +156,7 @@ def test_the_first_layer_that_diverges_is_named(pair, monkeypatch, wrong):
 def test_little_memory_walks_the_first_layers_and_says_so(pair, monkeypatch):
     monkeypatch.setattr(verify_module, "run_forward", _fake_forward(None))
     needs = forward_bytes(TINY)
-    monkeypatch.setattr(verify_module, "forward_bytes", lambda llama: needs._replace(whole=needs.layers + 10))
+    monkeypatch.setattr(verify_module, "forward_bytes", lambda config: needs._replace(whole=needs.layers + 10))
     compared = verify(*pair, max_memory=needs.layers + 5)
     assert compared.layers == 2
     assert "first 2 of 4 layers" in compared.lines()[-1]

@@ -8,7 +8,7 @@ import torch
 
 from megatron_dmc.checkpoint.source import open_source
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.inference.decoder.decoder import LlamaModel
+from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.models.config import RopeScaling, to_hf_config
@@ -41,7 +41,7 @@ def model(directory):
 
 @pytest.fixture(scope="module")
 def ours(directory):
-    return LlamaModel(open_source(directory))
+    return Decoder(open_source(directory))
 
 
 def random_tokens(batch=3, length=50):
@@ -78,7 +78,7 @@ def test_forward_equals_our_model(changes, tmp_path):
     model = load(tmp_path / "model")
     assert type(model) is hf.DMCLlamaForCausalLM
     assert model.config.settings() == SETTINGS
-    expected = our_logits(LlamaModel(source), random_tokens())
+    expected = our_logits(Decoder(source), random_tokens())
     with torch.no_grad():
         torch.testing.assert_close(model(random_tokens(), use_cache=False).logits, expected, **TOLERANCE)
         torch.testing.assert_close(model(random_tokens()).logits, expected, **TOLERANCE)
@@ -160,7 +160,7 @@ def test_save_pretrained_writes_a_model_that_we_read(model, ours, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = open_source(tmp_path / "again")
     assert again.dmc == SETTINGS
-    assert again.llama == ours.llama
+    assert again.config == ours.config
     assert torch.equal(again.tensor("model.norm.weight"), ours.final_norm)
 
 

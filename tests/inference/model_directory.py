@@ -18,7 +18,7 @@ def write_model(directory: Path, settings: DMCConfig | None = None, **changes) -
     """Write ``config.json``, weights and tokenizer; returns the model that was written."""
     source = RandomSource(tiny_llama(vocab_size=VOCAB_SIZE, **changes), settings)
     directory.mkdir(parents=True)
-    config = to_hf_config(source.llama, settings, bos_token_id=1, eos_token_id=2)
+    config = to_hf_config(source.config, settings, bos_token_id=1, eos_token_id=2)
     (directory / "config.json").write_text(json.dumps(config))
     save_file(source.tensors, directory / "model.safetensors", metadata={"format": "pt"})
     train_tokenizer([TEXT], VOCAB_SIZE, directory)

@@ -16,15 +16,15 @@ from megatron_dmc.inference.decoder.layer_attention import (
     FullSequenceAttention,
     PrefillAttention,
 )
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 
 
 def paged_decode(
-    q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, config: DMCConfig, rope_theta: float, prefill_length: int = 0
+    q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, dmc: DMCConfig, rope_theta: float, prefill_length: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Attention output [S, B, N, D], and cache lengths [S, B, G] after each position (-1 inside the first pass)."""
     length, batch, num_kv_heads, head_dim = k_SBGD.shape
-    llama = LlamaConfig(
+    config = ModelConfig(
         hidden_size=head_dim,
         num_layers=1,
         num_attention_heads=q_SBND.shape[2],
@@ -35,8 +35,8 @@ def paged_decode(
         max_position_embeddings=length,
         rope_theta=rope_theta,
     )
-    settings = AttentionSettings(llama, config, q_SBND.device)
-    cache = PagedKVCache(CacheShape(1, num_kv_heads, head_dim, q_SBND.dtype, config.window_size, block_size=4), batch)
+    settings = AttentionSettings(config, dmc, q_SBND.device)
+    cache = PagedKVCache(CacheShape(1, num_kv_heads, head_dim, q_SBND.dtype, dmc.window_size, block_size=4), batch)
     rows_B = cache.add_sequences(batch)
     output = torch.empty_like(q_SBND)
     lengths = torch.full(k_SBGD.shape[:-1], -1, dtype=torch.int32)

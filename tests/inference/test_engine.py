@@ -9,7 +9,7 @@ from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.models.config import RopeScaling, to_hf_config
-from tests.inference.tiny_model import LlamaModel, RandomSource, tiny_llama, tiny_model
+from tests.inference.tiny_model import Decoder, RandomSource, tiny_llama, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5], list(range(40))]
 LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
@@ -18,7 +18,7 @@ LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, o
 def transformers_llama(source):
     """The same weights in transformers' own Llama."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(**to_hf_config(source.llama))
+    config = transformers.LlamaConfig(**to_hf_config(source.config))
     model = transformers.LlamaForCausalLM(config).eval()
     missing = model.load_state_dict(source.tensors, strict=False)
     assert missing.unexpected_keys == []
@@ -37,7 +37,7 @@ def transformers_llama(source):
 )
 def test_plain_llama_equals_transformers(changes):
     source = RandomSource(tiny_llama(**changes))
-    model, theirs = LlamaModel(source), transformers_llama(source)
+    model, theirs = Decoder(source), transformers_llama(source)
     token_BS = torch.tensor([PROMPTS[3]])
     logits = model.logits(model.forward(token_BS.T))[:, 0]
     torch.testing.assert_close(logits, theirs(token_BS).logits[0], atol=1e-4, rtol=1e-4)
@@ -119,6 +119,6 @@ def test_weights_of_another_shape_are_refused():
     with pytest.raises(
         ValueError, match=r"model.norm.weight has shape \(31,\): the model's configuration says \(32,\)"
     ):
-        LlamaModel(source)
+        Decoder(source)
     with pytest.raises(ValueError, match="dtype='int8': must be one of float32"):
-        LlamaModel(RandomSource(tiny_llama()), dtype="int8")
+        Decoder(RandomSource(tiny_llama()), dtype="int8")

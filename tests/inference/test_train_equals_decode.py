@@ -1,6 +1,6 @@
 """The contract of the package: a whole forward pass with hard decisions equals decoding with the compressed cache.
 
-1. The reference path reads whole sequences at once (``LlamaModel.forward``).
+1. The reference path reads whole sequences at once (``Decoder.forward``).
 2. The tested paths read some prompts in one pass, each of its own length, then token by token from the paged cache.
 """
 

@@ -3,8 +3,8 @@
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.inference.decoder.decoder import LlamaModel
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.models.config import ModelConfig
 
 
 class RandomSource:
@@ -14,17 +14,17 @@ class RandomSource:
     -4 most of them.
     """
 
-    def __init__(self, llama: LlamaConfig, settings: DMCConfig | None = None, seed: int = 0):
-        self.llama, self.dmc = llama, settings
+    def __init__(self, config: ModelConfig, settings: DMCConfig | None = None, seed: int = 0):
+        self.config, self.dmc = config, settings
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape, scale):
-            return (torch.randn(*shape, generator=generator) * scale).to(getattr(torch, llama.dtype))
+            return (torch.randn(*shape, generator=generator) * scale).to(getattr(torch, config.dtype))
 
-        hidden, ffn = llama.hidden_size, llama.ffn_hidden_size
-        q_size, kv_size = llama.num_attention_heads * llama.head_dim, llama.num_kv_heads * llama.head_dim
-        self.tensors = {"model.embed_tokens.weight": random(llama.vocab_size, hidden, scale=1.0)}
-        for index in range(llama.num_layers):
+        hidden, ffn = config.hidden_size, config.ffn_hidden_size
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.tensors = {"model.embed_tokens.weight": random(config.vocab_size, hidden, scale=1.0)}
+        for index in range(config.num_layers):
             prefix = f"model.layers.{index}"
             layer = {
                 "input_layernorm": 1 + random(hidden, scale=0.1),
@@ -37,11 +37,11 @@ class RandomSource:
                 "mlp.up_proj": random(ffn, hidden, scale=1 / hidden**0.5),
                 "mlp.down_proj": random(hidden, ffn, scale=1 / ffn**0.5),
             }
-            layer["self_attn.k_proj"][llama.head_dim - 1 :: llama.head_dim] *= 4 / 1.5
+            layer["self_attn.k_proj"][config.head_dim - 1 :: config.head_dim] *= 4 / 1.5
             self.tensors |= {f"{prefix}.{name}.weight": tensor for name, tensor in layer.items()}
         self.tensors["model.norm.weight"] = 1 + random(hidden, scale=0.1)
-        if not llama.tie_word_embeddings:
-            self.tensors["lm_head.weight"] = random(llama.vocab_size, hidden, scale=2 / hidden**0.5)
+        if not config.tie_word_embeddings:
+            self.tensors["lm_head.weight"] = random(config.vocab_size, hidden, scale=2 / hidden**0.5)
 
     def names(self):
         return list(self.tensors)
@@ -50,7 +50,7 @@ class RandomSource:
         return self.tensors[name]
 
 
-def tiny_llama(num_attention_heads=4, num_kv_heads=2, **changes) -> LlamaConfig:
+def tiny_llama(num_attention_heads=4, num_kv_heads=2, **changes) -> ModelConfig:
     """2 layers, 50 tokens, float32."""
     shape = {
         "hidden_size": 32,
@@ -61,9 +61,9 @@ def tiny_llama(num_attention_heads=4, num_kv_heads=2, **changes) -> LlamaConfig:
         "max_position_embeddings": 128,
         "dtype": "float32",
     }
-    return LlamaConfig(num_attention_heads=num_attention_heads, num_kv_heads=num_kv_heads, **(shape | changes))
+    return ModelConfig(num_attention_heads=num_attention_heads, num_kv_heads=num_kv_heads, **(shape | changes))
 
 
-def tiny_model(settings: DMCConfig | None = None, seed: int = 0, **changes) -> LlamaModel:
+def tiny_model(settings: DMCConfig | None = None, seed: int = 0, **changes) -> Decoder:
     """A random model; ``settings`` None makes it a plain Llama."""
-    return LlamaModel(RandomSource(tiny_llama(**changes), settings, seed))
+    return Decoder(RandomSource(tiny_llama(**changes), settings, seed))

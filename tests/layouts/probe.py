@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_dmc.training import base_checkpoint, metrics, pretrain
+from megatron_dmc.training import metrics, pretrain, start
 from megatron_dmc.training.model import attention
 from megatron_dmc.training.model.builder import DMCModelBuilder
 
@@ -76,7 +76,7 @@ def make_base(argv: list[str], spread: float) -> Record:
         argv: of a run with learning rate zero.
         spread: factor on the rows that produce the borrowed channels; random ones would hardly ever accumulate.
     """
-    pretrain.find_start = lambda *_: base_checkpoint.Start(llama=None, resumes=False)
+    pretrain.find_start = lambda *_: start.Start(config=None, resumes=False)
     build = DMCModelBuilder.build_model
 
     def build_spread(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ def refusals(commands: list[tuple[list[str], dict[str, Any]]], world_size: int =
         world_size: ranks that the command claims to run on.
     """
     os.environ["WORLD_SIZE"] = str(world_size)
-    pretrain.find_start = lambda *_: Start(llama=None, resumes=False)
+    pretrain.find_start = lambda *_: Start(config=None, resumes=False)
     return [_refusal(*command) for command in commands]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import LlamaConfig, RopeScaling, parse_hf_config, to_hf_config
+from megatron_dmc.models.config import ModelConfig, RopeScaling, parse_hf_config, to_hf_config
 
 LLAMA2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -120,7 +120,7 @@ def test_files_that_are_no_configuration(tmp_path, text):
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    llama = LlamaConfig(48, 3, 6, 3, 16, 96, 301, 512, 1e-6, 5e5, RopeScaling("llama3", 4.0), True, "float32")
+    llama = ModelConfig(48, 3, 6, 3, 16, 96, 301, 512, 1e-6, 5e5, RopeScaling("llama3", 4.0), True, "float32")
     settings = DMCConfig(stage="consolidate", window_size=12)
     for dmc in (None, settings):
         written = to_hf_config(llama, dmc, bos_token_id=1, eos_token_id=[2, 3])
@@ -129,7 +129,7 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_dmc_settings_belong_to_the_model_type():
-    written = to_hf_config(LlamaConfig(64, 2, 4, 2, 16, 96, 300, 64), DMCConfig())
+    written = to_hf_config(ModelConfig(64, 2, 4, 2, 16, 96, 300, 64), DMCConfig())
     with pytest.raises(ValueError, match="dmc"):
         parse_hf_config({**written, "model_type": "llama"})
     with pytest.raises(ValueError, match="schema_version"):
@@ -138,7 +138,7 @@ def test_dmc_settings_belong_to_the_model_type():
 
 def test_transformers_reads_what_we_write(tmp_path):
     transformers = pytest.importorskip("transformers")
-    llama = LlamaConfig(64, 2, 4, 2, 32, 96, 301, 16384, 1e-6, 5e5, RopeScaling("llama3", 8.0), True, "bfloat16")
+    llama = ModelConfig(64, 2, 4, 2, 32, 96, 301, 16384, 1e-6, 5e5, RopeScaling("llama3", 8.0), True, "bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(to_hf_config(llama)))
     theirs = transformers.LlamaConfig.from_pretrained(tmp_path)
     assert (theirs.head_dim, theirs.tie_word_embeddings, theirs.rms_norm_eps) == (32, True, 1e-6)

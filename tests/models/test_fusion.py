@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from checkpoints_convert.megatron_writer import MegatronLayout
 from megatron_dmc.models import fusion
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape, fuse_qkv, padded_vocab_size, split_qkv
 from megatron_dmc.models.tensors import entries
 
@@ -17,7 +17,7 @@ def shapes(draw: st.DrawFn) -> tuple[MegatronShape, int]:
     """A small model and a tensor parallel size that fits it."""
     tensor_size = draw(st.sampled_from([1, 2, 4]))
     groups = tensor_size * draw(st.integers(1, 3))
-    llama = LlamaConfig(
+    config = ModelConfig(
         hidden_size=draw(st.integers(1, 6)),
         num_layers=1,
         num_attention_heads=groups * draw(st.integers(1, 3)),
@@ -27,7 +27,7 @@ def shapes(draw: st.DrawFn) -> tuple[MegatronShape, int]:
         vocab_size=draw(st.integers(1, 400)),
         max_position_embeddings=8,
     )
-    return MegatronShape(llama, padded_vocab_size(llama.vocab_size, tensor_size)), tensor_size
+    return MegatronShape(config, padded_vocab_size(config.vocab_size, tensor_size)), tensor_size
 
 
 def _numbered(*shape: int, start: int = 0) -> torch.Tensor:
@@ -39,8 +39,10 @@ def _numbered(*shape: int, start: int = 0) -> torch.Tensor:
 @given(shapes())
 def test_every_entry_survives_fusing_and_cutting(case):
     shape, tensor_size = case
-    for entry in entries(shape.llama):
-        parts = [_numbered(*size, start=1 + 100_000 * place) for place, size in enumerate(entry.hf_shapes(shape.llama))]
+    for entry in entries(shape.config):
+        parts = [
+            _numbered(*size, start=1 + 100_000 * place) for place, size in enumerate(entry.hf_shapes(shape.config))
+        ]
         layout = entry.mapping.layout
         fused = layout.fuse(parts, shape)
         assert tuple(fused.shape) == entry.megatron_shape(shape)
@@ -56,21 +58,21 @@ def test_every_entry_survives_fusing_and_cutting(case):
 def test_a_rank_holds_whole_groups(case):
     """The shard of a rank is the fused tensor of that rank's heads: what tensor parallelism needs."""
     shape, tensor_size = case
-    llama = shape.llama
-    q = _numbered(llama.num_attention_heads * llama.head_dim, llama.hidden_size)
-    k = _numbered(llama.num_kv_heads * llama.head_dim, llama.hidden_size, start=10_000)
-    v = _numbered(llama.num_kv_heads * llama.head_dim, llama.hidden_size, start=20_000)
-    local = LlamaConfig(
-        llama.hidden_size,
+    config = shape.config
+    q = _numbered(config.num_attention_heads * config.head_dim, config.hidden_size)
+    k = _numbered(config.num_kv_heads * config.head_dim, config.hidden_size, start=10_000)
+    v = _numbered(config.num_kv_heads * config.head_dim, config.hidden_size, start=20_000)
+    local = ModelConfig(
+        config.hidden_size,
         1,
-        llama.num_attention_heads // tensor_size,
-        llama.num_kv_heads // tensor_size,
-        llama.head_dim,
-        llama.ffn_hidden_size // tensor_size,
-        llama.vocab_size,
+        config.num_attention_heads // tensor_size,
+        config.num_kv_heads // tensor_size,
+        config.head_dim,
+        config.ffn_hidden_size // tensor_size,
+        config.vocab_size,
         8,
     )
-    shards = fusion.QKV.shard(fuse_qkv(q, k, v, llama), tensor_size)
+    shards = fusion.QKV.shard(fuse_qkv(q, k, v, config), tensor_size)
     for rank, shard in enumerate(shards):
         own = [whole.chunk(tensor_size)[rank] for whole in (q, k, v)]
         for expected, got in zip(own, split_qkv(shard, local), strict=True):
@@ -79,9 +81,9 @@ def test_a_rank_holds_whole_groups(case):
 
 def test_the_order_within_a_group_in_words():
     """Two KV heads with two queries each, one row per head: q0 q1 k0 v0, q2 q3 k1 v1."""
-    llama = LlamaConfig(1, 1, 4, 2, 2, 1, 1, 1)
+    config = ModelConfig(1, 1, 4, 2, 2, 1, 1, 1)
     q, k, v = torch.arange(8)[:, None], torch.arange(100, 104)[:, None], torch.arange(200, 204)[:, None]
-    fused = fuse_qkv(q, k, v, llama)
+    fused = fuse_qkv(q, k, v, config)
     assert fused.flatten().tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
 
 
@@ -98,8 +100,8 @@ def test_copies_that_differ_are_noticed():
 
 def test_the_vocabulary_is_padded_with_zeros_and_cut():
     assert [padded_vocab_size(32000, size) for size in (1, 2, 4, 8)] == [32000, 32000, 32256, 32768]
-    llama = LlamaConfig(2, 1, 2, 2, 2, 2, 3, 8)
-    shape = MegatronShape(llama, 128)
+    config = ModelConfig(2, 1, 2, 2, 2, 2, 3, 8)
+    shape = MegatronShape(config, 128)
     padded = fusion.VOCABULARY.fuse([torch.ones(3, 2)], shape)
     assert padded.shape == (128, 2)
     assert padded.sum() == 6
@@ -130,6 +132,6 @@ def test_model_chunks_cover_the_layers_once(pipeline, virtual, per_chunk):
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(layout, told):
-    llama = LlamaConfig(8, 4, 4, 2, 4, 12, 10, 8)
+    config = ModelConfig(8, 4, 4, 2, 4, 12, 10, 8)
     with pytest.raises(ValueError, match=told):
-        layout.check(llama)
+        layout.check(config)

@@ -11,12 +11,12 @@ from tests.checkpoints_convert.models import TINY, VARIANTS
 @pytest.mark.parametrize("variant", ["gqa", "tied"])
 def test_transformers_names_and_shapes(variant):
     transformers = pytest.importorskip("transformers")
-    llama = VARIANTS[variant]
-    settings = {name: value for name, value in to_hf_config(llama).items() if name != "architectures"}
+    config = VARIANTS[variant]
+    settings = {name: value for name, value in to_hf_config(config).items() if name != "architectures"}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    ours = {name: entry.hf_shapes(llama)[place] for name, (entry, place) in by_hf_name(llama).items()}
+    ours = {name: entry.hf_shapes(config)[place] for name, (entry, place) in by_hf_name(config).items()}
     assert ours == theirs
 
 

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from megatron_dmc.cli import main
-from megatron_dmc.models.config import LlamaConfig, to_hf_config
+from megatron_dmc.models.config import ModelConfig, to_hf_config
 from megatron_dmc.recipes.estimate import Estimate, estimate, num_parameters, refuse_what_cannot_fit
 from megatron_dmc.recipes.recipe import SMALL_LLAMA, user_model_recipe
 
-LLAMA_2_7B = LlamaConfig(
+LLAMA_2_7B = ModelConfig(
     hidden_size=4096,
     num_layers=32,
     num_attention_heads=32,
@@ -27,7 +27,7 @@ def test_parameters_of_known_models():
 
 
 def test_needs_grow_with_the_model():
-    small, large = (estimate(llama, user_model_recipe(), 1e11) for llama in (SMALL_LLAMA, LLAMA_2_7B))
+    small, large = (estimate(config, user_model_recipe(), 1e11) for config in (SMALL_LLAMA, LLAMA_2_7B))
     assert small.memory_bytes < 4e9
     assert 100e9 < large.memory_bytes < 200e9
     assert large.seconds > 1000 * small.seconds

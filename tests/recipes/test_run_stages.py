@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron_dmc.recipes import training
+from megatron_dmc.recipes import run_stages as module
 from megatron_dmc.recipes.run_stages import LOG_FILE, StageRun, run_stages
 from megatron_dmc.support.errors import InfrastructureError
 
@@ -30,9 +30,9 @@ def trainer(tmp_path, monkeypatch):
     path.write_text(TRAINER)
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LOOKS", 0.01)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(training.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda process: {0, 1})
 
 
 def stage(tmp_path, name, *flags):
@@ -75,4 +75,4 @@ def test_an_interruption_ends_the_processes(tmp_path):
         run_stages([stage(tmp_path, "hanging", "hang")])
     process = int((tmp_path / "hanging" / "pid").read_text())
     with pytest.raises(ProcessLookupError):
-        training.os.kill(process, 0)
+        module.os.kill(process, 0)

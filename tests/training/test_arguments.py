@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import LlamaConfig, RopeScaling
+from megatron_dmc.models.config import ModelConfig, RopeScaling
 from megatron_dmc.training.arguments import (
     add_dmc_arguments,
     check_shape,
@@ -15,7 +15,7 @@ from megatron_dmc.training.arguments import (
     with_defaults,
 )
 
-LLAMA = LlamaConfig(
+LLAMA = ModelConfig(
     hidden_size=64,
     num_layers=2,
     num_attention_heads=4,

@@ -13,7 +13,7 @@ def test_compressing_from_random_weights_is_refused(tmp_path):
 
 def test_training_from_scratch_needs_no_base(tmp_path):
     start = find_start(DMCConfig(stage="off"), str(tmp_path), None)
-    assert (start.llama, start.resumes, start.first_sample) == (None, False, 0)
+    assert (start.config, start.resumes, start.first_sample) == (None, False, 0)
 
 
 def test_a_directory_without_a_tracker_is_no_base(tmp_path):

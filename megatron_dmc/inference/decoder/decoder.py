@@ -38,7 +38,7 @@ class LayerWeights:
     down: Tensor
 
 
-class LlamaModel:
+class Decoder:
     """A Llama that reads tokens and writes its cache; inference alone, no gradients.
 
     Args:
@@ -51,20 +51,20 @@ class LlamaModel:
     """
 
     def __init__(self, source: ModelSource, *, dtype: str | None = None, device: torch.device | str = "cpu") -> None:
-        self.llama = source.llama
+        self.config = source.config
         self.settings = source.dmc
-        dtype = dtype or self.llama.dtype
+        dtype = dtype or self.config.dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
-        self.attention_settings = AttentionSettings(self.llama, self.settings, self.device)
+        self.attention_settings = AttentionSettings(self.config, self.settings, self.device)
         self._load(source)
 
     def _load(self, source: ModelSource) -> None:
-        llama = self.llama
-        hidden, ffn, vocab = llama.hidden_size, llama.ffn_hidden_size, llama.vocab_size
-        q_size, kv_size = llama.num_attention_heads * llama.head_dim, llama.num_kv_heads * llama.head_dim
+        config = self.config
+        hidden, ffn, vocab = config.hidden_size, config.ffn_hidden_size, config.vocab_size
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
         def load(name: str, *shape: int) -> Tensor:
             tensor = source.tensor(name)
@@ -86,18 +86,18 @@ class LlamaModel:
             )
 
         self.embedding = load("model.embed_tokens.weight", vocab, hidden)
-        self.layers = [load_layer(f"model.layers.{index}") for index in range(llama.num_layers)]
+        self.layers = [load_layer(f"model.layers.{index}") for index in range(config.num_layers)]
         self.final_norm = load("model.norm.weight", hidden)
-        self.output = self.embedding if llama.tie_word_embeddings else load("lm_head.weight", vocab, hidden)
+        self.output = self.embedding if config.tie_word_embeddings else load("lm_head.weight", vocab, hidden)
 
     def new_cache(
         self, num_sequences: int, *, block_size: int = DEFAULT_BLOCK_SIZE, num_blocks: int | None = None
     ) -> PagedKVCache:
         """An empty cache for this model; see :class:`PagedKVCache`."""
         shape = CacheShape(
-            num_layers=self.llama.num_layers,
-            num_kv_heads=self.llama.num_kv_heads,
-            head_dim=self.llama.head_dim,
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
             dtype=self.dtype,
             window_size=self.settings.window_size if self.settings and self.settings.compresses else None,
             block_size=block_size,
@@ -161,13 +161,13 @@ class LlamaModel:
         return self._norm(hidden_SBH, self.final_norm)
 
     def _project(self, hidden_SBH: Tensor, layer: LayerWeights) -> list[Tensor]:
-        llama = self.llama
-        heads = [llama.num_attention_heads, llama.num_kv_heads, llama.num_kv_heads]
+        config = self.config
+        heads = [config.num_attention_heads, config.num_kv_heads, config.num_kv_heads]
         qkv = F.linear(self._norm(hidden_SBH, layer.attention_norm), layer.qkv)
-        return list(qkv.unflatten(-1, (sum(heads), llama.head_dim)).split(heads, dim=2))
+        return list(qkv.unflatten(-1, (sum(heads), config.head_dim)).split(heads, dim=2))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm in float32."""
         wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.llama.rms_norm_eps)
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.config.rms_norm_eps)
         return weight * normed.to(x.dtype)

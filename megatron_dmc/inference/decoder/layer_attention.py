@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.cache.paged_kv_cache import PagedKVCache
 from megatron_dmc.methods import dmc
-from megatron_dmc.models.config import LlamaConfig
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.ops.cache_update import open_segment_state, segment_ends, update_segments
 from megatron_dmc.ops.decisions import hard_decisions, importance
 from megatron_dmc.ops.kv_pooling import pool_forward
@@ -43,17 +43,19 @@ class AttentionSettings:
     """What attention needs to know of a model.
 
     Args:
-        llama: its shape.
+        config: its shape.
         settings: of DMC; None for a plain Llama.
         device: of the tensors to come.
     """
 
-    def __init__(self, llama: LlamaConfig, settings: DMCConfig | None, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, settings: DMCConfig | None, device: torch.device) -> None:
         self.settings = settings
         self.compresses = settings is not None and settings.compresses
         # At the end of zero_out the borrowed channels have faded to zero; a plain Llama lends none.
         self.neuron_scale = 1.0 if settings is None or settings.stage == "off" else 0.0
-        self.inverse_frequencies = inverse_frequencies(llama.head_dim, llama.rope_theta, llama.rope_scaling).to(device)
+        self.inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(
+            device
+        )
 
     def cos_sin(self, position_S: Tensor) -> tuple[Tensor, Tensor]:
         """Of the angles at ``position_S``: float32 [S, D/2]."""
