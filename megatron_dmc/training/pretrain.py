@@ -30,6 +30,7 @@ from megatron_dmc.training.start import Start, find_start, saved_iteration
 
 if TYPE_CHECKING:
     from megatron_dmc.training.model.config import DMCModelConfig
+    from megatron_dmc.training.model.microbatch import Observer
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def prepare(argv: list[str]) -> Run:
     return Run(argv, start, given.save, int(given.train_iters) if given.train_iters else None)
 
 
-def train(argv: list[str]) -> int:
+def train(argv: list[str], observer: Observer | None = None) -> int:
     """Run or continue one stage in this process, one rank of a distributed job or all of it.
 
     Args:
         argv: as in :func:`prepare`.
+        observer: told of every layer's decisions.
 
     Returns:
         the iteration of the newest checkpoint in ``--save``; without ``--save`` the last iteration.
@@ -92,7 +94,7 @@ def train(argv: list[str]) -> int:
     done = saved_iteration(run.save)
     if done is not None and run.train_iters is not None and done >= run.train_iters:
         return done
-    return _check_finished(run, _run_engine(run))
+    return _check_finished(run, _run_engine(run, observer))
 
 
 def _read_own_flags(argv: list[str]) -> argparse.Namespace:
@@ -180,7 +182,7 @@ def configure(run: Run) -> tuple[Any, DMCModelConfig]:
         raise ValueError(f"Megatron refuses these flags: {refusal}") from refusal
 
 
-def _run_engine(run: Run) -> int:
+def _run_engine(run: Run, observer: Observer | None) -> int:
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -191,6 +193,7 @@ def _run_engine(run: Run) -> int:
     from megatron_dmc.training.metrics import StepRecorder, stop_decision
 
     args, model_config = configure(run)
+    model_config.transformer.dmc_observer = observer
     recorder = StepRecorder(args.save)
     megatron_compat.after_each_step(recorder)
     megatron_compat.stop_when(stop_decision(recorder))

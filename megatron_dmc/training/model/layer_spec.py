@@ -9,7 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.training.models.gpt import default_layer_spec
 
-from megatron_dmc.training.model.attention import DMCCoreAttention, DMCSelfAttention
+from megatron_dmc.training.model.attention import DMCSelfAttention, MethodCoreAttention
 from megatron_dmc.training.model.norm import DMCRMSNorm
 
 
@@ -18,7 +18,7 @@ def with_compressing_attention(layer_spec: ModuleSpec) -> ModuleSpec:
     layer_spec = copy.deepcopy(layer_spec)
     attention = layer_spec.submodules.self_attention
     attention.module = DMCSelfAttention
-    attention.submodules.core_attention = DMCCoreAttention
+    attention.submodules.core_attention = MethodCoreAttention
     return layer_spec
 
 
