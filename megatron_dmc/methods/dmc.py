@@ -66,7 +66,7 @@ def decide(
     Raises:
         ValueError: shapes that differ.
     """
-    _check_same_shape(decision_logits, importance_logits, noise)
+    _check_shapes(decision_logits, importance_logits, noise, first)
     first = first.unsqueeze(-1)
     relaxed = None
     if noise is None:
@@ -167,9 +167,10 @@ class DMC(Method):
         return Whole(output, decided)
 
 
-def _check_same_shape(decision: Tensor, importance: Tensor, noise: Tensor | None) -> None:
+def _check_shapes(decision: Tensor, importance: Tensor, noise: Tensor | None, first: Tensor) -> None:
+    expected = tuple(decision.shape)
     for name, given in (("importance logits", importance), ("noise", noise)):
         if given is not None and given.shape != decision.shape:
-            raise ValueError(
-                f"{name} {tuple(given.shape)}: must be that of the decision logits {tuple(decision.shape)}"
-            )
+            raise ValueError(f"{name} {tuple(given.shape)}: must be that of the decision logits {expected}")
+    if first.shape != decision.shape[:-1]:
+        raise ValueError(f"decision logits {expected}: the geometry was made for positions {tuple(first.shape)}")

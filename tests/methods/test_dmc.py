@@ -36,6 +36,7 @@ class Case:
     config: DMCConfig
     query_starts: list[int] | None = None
     documents: list[list[int]] | None = None
+    first_position: int = 0
 
     def fast(self, q: Tensor, k: Tensor, v: Tensor, decision: Tensor, importance: Tensor) -> Tensor:
         return self.attend(compressed_attention, q, k, v, decision, importance)
@@ -52,8 +53,9 @@ class Case:
 
     def geometry(self, q: Tensor, k: Tensor) -> Geometry:
         frequencies = inverse_frequencies(k.shape[-1], 10000.0)
+        position_S = torch.arange(len(k)) + self.first_position
         return Geometry(
-            len(k), k.shape[1], frequencies, self.query_starts, num_queries=len(q), documents=self.documents
+            len(k), k.shape[1], frequencies, self.query_starts, len(q), documents=self.documents, position_S=position_S
         )
 
     def check(self) -> None:
@@ -173,8 +175,7 @@ def test_documents_are_computed_as_if_alone() -> None:
     case.documents = [borders[:-1], borders[:-1]]
     together = case.fast(*case.inputs)
     for start, end in itertools.pairwise(borders):
-        part = Case([x[start:end] for x in case.inputs], case.noise[start:end], case.config)
-        # Attention with RoPE depends on differences of positions only.
+        part = Case([x[start:end] for x in case.inputs], case.noise[start:end], case.config, first_position=start)
         alone = part.fast(*part.inputs)
         torch.testing.assert_close(together[start:end], alone, rtol=0, atol=2e-6)
 
@@ -288,7 +289,9 @@ def test_wrong_logits_are_named() -> None:
         dmc.decide(decision[1:], importance_logits, torch.zeros(19, 2, dtype=torch.bool), case.config)
     with pytest.raises(ValueError, match=r"noise \(20, 2, 2\): must be that of the decision logits \(20, 2, 1\)"):
         case.fast(q, k, v, decision[..., :1], importance_logits[..., :1])
-    with pytest.raises(ValueError, match=r"\(20, 20, 2\) queries, keys and rows: the geometry was made for"):
+    with pytest.raises(
+        ValueError, match=r"decision logits \(20, 2, 2\): the geometry was made for positions \(21, 2\)"
+    ):
         DMC(case.config).whole(q, k, v, Geometry(21, 2, inverse_frequencies(16, 10000.0)))
 
 

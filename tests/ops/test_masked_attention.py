@@ -152,7 +152,5 @@ def test_wrong_inputs_are_named() -> None:
         masked_attention(q, k, v, None, geometry)
     with pytest.raises(ValueError, match="query heads must be a multiple"):
         masked_attention(q[:, :, :3], k, v, key_bias, geometry)
-    with pytest.raises(
-        ValueError, match=r"keys and rows: the geometry was made for \(9, 9, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"keys and rows: the geometry was made for \(9, 9, 2\)"):
         masked_attention(q, k, v, key_bias, Geometry(9, 2))
