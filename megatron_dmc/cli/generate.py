@@ -47,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
     requests = _requests(args, texts, tokenizer)
     engine = Engine(model, max_sequences=args.max_sequences, block_size=args.block_size, num_blocks=args.num_blocks)
     _generate(engine, requests)
+    failed = [request for request in requests if request.error]
+    if len(failed) == len(requests):
+        raise ValueError(failed[0].error)
     usage = CacheUsage.total([request.usage for request in requests if request.usage is not None])
     if args.json:
         results = [
@@ -55,15 +58,18 @@ def run(args: argparse.Namespace) -> int:
                 "text": tokenizer.decode(request.output),
                 "tokens": request.output,
                 "finish_reason": request.finish_reason,
+                "error": request.error or None,
                 "cache": request.usage.to_dict() if request.usage else None,
             }
             for text, request in zip(texts, requests, strict=True)
         ]
         print(json.dumps({"model": str(args.model), "results": results, "cache": usage.to_dict()}, indent=2))
-        return 0
-    for text, request in zip(texts, requests, strict=True):
-        print(text + tokenizer.decode(request.output), end="\n\n")
-    print(usage.summary())
+    else:
+        for text, request in zip(texts, requests, strict=True):
+            print(text + tokenizer.decode(request.output), end="\n\n")
+        print(usage.summary())
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(requests)} prompts failed: {failed[0].error}")
     return 0
 
 

@@ -213,6 +213,8 @@ class _Sums:
 def _check(model: Decoder, token_NT: Tensor, path: str, batch_size: int, prefill_length: int) -> None:
     if path not in PATHS:
         raise ValueError(f"path={path!r}: must be one of {', '.join(PATHS)}")
+    if path != DECODE and not model.method.has_whole_form:
+        raise ValueError(f"path={path!r}: {model.method.name} decides token by token, measure it with path={DECODE!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
     seq_length = token_NT.shape[1] - 1

@@ -90,11 +90,12 @@ def test_padding_is_honoured(side, model, ours):
     with torch.no_grad():
         outputs = model(token_BS, attention_mask=mask_BS, output_hidden_states=True)
     assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
-    torch.testing.assert_close(outputs.hidden_states[0], model.model.embed_tokens(token_BS), **TOLERANCE)
+    embedded = model.model.embed_tokens(token_BS) * mask_BS.unsqueeze(-1)
+    torch.testing.assert_close(outputs.hidden_states[0], embedded, **TOLERANCE)
     for row, prompt in enumerate(PROMPTS):
         expected = our_logits(ours, torch.tensor([prompt]))[0]
         torch.testing.assert_close(outputs.logits[row, mask_BS[row].bool()], expected, **TOLERANCE)
-    assert outputs.past_key_values.paged.num_tokens.tolist() == [len(prompt) for prompt in PROMPTS]
+    assert outputs.past_key_values.paged.num_tokens == [len(prompt) for prompt in PROMPTS]
 
 
 def test_greedy_texts_equal_our_engine(model, ours):
