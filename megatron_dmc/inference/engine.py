@@ -53,7 +53,7 @@ class Engine:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.model = model
-        self.scheduler = Scheduler(prefill_tokens)
+        self.scheduler = Scheduler(prefill_tokens, reads_parts=model.method.reads_parts)
         self.runner = ModelRunner(model, max_sequences, block_size, num_blocks)
 
     @property

@@ -35,12 +35,14 @@ class Scheduler:
 
     Args:
         prefill_tokens: tokens of prompts per pass, at least 1.
+        reads_parts: whether a prompt longer than that is read in parts, or whole all the same.
     """
 
-    def __init__(self, prefill_tokens: int = DEFAULT_PREFILL_TOKENS) -> None:
+    def __init__(self, prefill_tokens: int = DEFAULT_PREFILL_TOKENS, *, reads_parts: bool = True) -> None:
         if prefill_tokens < 1:
             raise ValueError(f"prefill_tokens={prefill_tokens}: must be at least 1")
         self.prefill_tokens = prefill_tokens
+        self.reads_parts = reads_parts
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._is_full = False
@@ -63,7 +65,8 @@ class Scheduler:
         admitted = reading or self._admit(num_free_rows)
         if not admitted:
             return Batch(list(self.running), [1] * len(self.running))
-        return Batch(admitted, [min(request.num_unread, self.prefill_tokens) for request in admitted])
+        counts = [request.num_unread for request in admitted]
+        return Batch(admitted, [min(count, self.prefill_tokens) for count in counts] if self.reads_parts else counts)
 
     def give_back(self, requests: Iterable[Request]) -> None:
         """Let running requests that have no memory wait again, before all others and in their order.

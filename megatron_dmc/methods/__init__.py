@@ -11,11 +11,13 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.methods.base import Method
 from megatron_dmc.methods.dense import Dense
 from megatron_dmc.methods.dmc import DMC
+from megatron_dmc.methods.h2o import H2O
+from megatron_dmc.methods.tova import TOVA
 
-__all__ = ["DMC", "POLICIES", "Dense", "Method", "method_of", "policy"]
+__all__ = ["DMC", "H2O", "POLICIES", "TOVA", "Dense", "Method", "method_of", "policy"]
 
-POLICIES: dict[str, Callable[[int], Method]] = {}
-"""Name -> the policy for a budget of entries per head. A new one is a line here."""
+POLICIES: dict[str, Callable[[int], Method]] = {kind.name: kind for kind in (H2O, TOVA)}
+"""Name -> the policy for a budget of entries per head. A new one is one more class here."""
 
 
 def method_of(settings: DMCConfig | None, neuron_scale: float = 0.0) -> Method:

@@ -104,6 +104,7 @@ class Method(ABC):
         compresses: whether the cache can become shorter than the text.
         has_whole_form: whether :meth:`whole` exists; evaluation and training at once need it.
         exact_recompute: whether reading a text again gives the cache that decoding it gave.
+        reads_parts: whether several tokens can be read behind others; where not, a prompt is read whole.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Method(ABC):
     compresses: bool = True
     has_whole_form: bool = False
     exact_recompute: bool = False
+    reads_parts: bool = True
 
     def state(self, head_dim: int) -> Mapping[str, Slot]:
         """What the cache keeps for every head beside keys and values; any value where a sequence begins."""
@@ -150,8 +152,12 @@ class Method(ABC):
         """int32 [B, G]: how many of the entries before the update the new tokens see."""
         return caches.before_BG
 
-    def end_prompt(self, caches: HeadCaches, state: State) -> Keep | None:
-        """Which entries survive a prompt that was read in one pass; None: all."""
+    def observe(self, tokens: Tokens, update: Update, caches: HeadCaches) -> State:
+        """The state after a step of decoding, for a method that looks at what attention saw."""
+        return update.state
+
+    def end_prompt(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
+        """Which entries survive a prompt that ends with these tokens; None: all."""
         return None
 
     def whole(

@@ -20,6 +20,7 @@ class Newest(Dense):
     compresses = True
     has_whole_form = False
     exact_recompute = False
+    reads_parts = False
 
     def __init__(self, budget: int) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class Newest(Dense):
         entry_BG = torch.where(is_full_BG, oldest_BG, length_BG).to(torch.int32)
         return Update(update.k_TGD, update.v_TGD, entry_BG, {"overwritten": overwritten_BG + is_full_BG.int()})
 
-    def end_prompt(self, caches, state):
+    def end_prompt(self, tokens, update, caches):
         """A prompt is read densely, then cut."""
         length_BG1 = caches.length_BG.long().unsqueeze(-1)
         if int(length_BG1.max()) <= self.budget:
@@ -51,7 +52,7 @@ class Newest(Dense):
         newest_BGE = length_BG1 - self.budget + entry_E
         is_cut_BG1 = length_BG1 > self.budget
         entry_BGE = torch.where(is_cut_BG1 & (entry_E >= FIRST), newest_BGE, entry_E.expand_as(newest_BGE))
-        return Keep(entry_BGE, caches.length_BG.clamp(max=self.budget), state)
+        return Keep(entry_BGE, caches.length_BG.clamp(max=self.budget), update.state)
 
     def whole(self, *args, **kwargs):
         """There is none."""

@@ -163,21 +163,26 @@ class PagedKVCache:
             sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
             length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
         self.cache_seqlens[layer, step.rows_B] = length_BG
-        self._set_state(layer, step, update.state)
         return HeadCaches(self.k_blocks, self.v_blocks, table_BGM, before_BG, length_BG)
+
+    def set_state(self, layer: int, step: Step, state: State) -> None:
+        """Keep the method's state of the head caches of one layer."""
+        for name, tensor in state.items():
+            self.state[name][layer, step.rows_B] = tensor
 
     def compact(self, layer: int, step: Step, keep: Keep) -> None:
         """Move the entries that survive to the front of their head caches."""
         table_BGM = self.block_table[layer, step.rows_B]
-        from_BGE = entry_slots(table_BGM, keep.entry_BGE, self.shape.block_size)
-        place_E = torch.arange(keep.entry_BGE.shape[-1], device=self.device)
-        to_BGE = entry_slots(table_BGM, place_E.expand_as(keep.entry_BGE), self.shape.block_size)
+        place_E = torch.arange(int(keep.length_BG.max()), device=self.device)
         kept_BGE = place_E < keep.length_BG.unsqueeze(-1)
+        entry_BGE = torch.where(kept_BGE, keep.entry_BGE[..., : len(place_E)], 0)
+        from_BGE = entry_slots(table_BGM, entry_BGE, self.shape.block_size)
+        to_BGE = entry_slots(table_BGM, torch.where(kept_BGE, place_E, 0), self.shape.block_size)
         for pool in (self.k_blocks, self.v_blocks):
             entries = pool.flatten(0, 1)
             entries[to_BGE[kept_BGE]] = entries[from_BGE[kept_BGE]]
         self.cache_seqlens[layer, step.rows_B] = keep.length_BG
-        self._set_state(layer, step, keep.state)
+        self.set_state(layer, step, keep.state)
 
     def commit(self, step: Step) -> None:
         """End a pass: its tokens count, and the blocks that many new tokens did not need go back."""
@@ -199,10 +204,6 @@ class PagedKVCache:
         occupied = {row for row, held in enumerate(self.held_blocks.sum(dim=(0, 2)).tolist()) if held}
         stray = sorted(row for row in occupied if not self.rows.is_in_use(row))
         assert not stray, f"free rows that hold blocks: {stray} != []"
-
-    def _set_state(self, layer: int, step: Step, state: State) -> None:
-        for name, tensor in state.items():
-            self.state[name][layer, step.rows_B] = tensor
 
     def _release(self, rows_B: Tensor, keep_LBG: Tensor) -> None:
         """Give back the blocks of each head cache behind the first ``keep_LBG``."""

@@ -149,10 +149,13 @@ class Decoder:
 
         Raises:
             OutOfBlocks: the cache is of fixed size and too small; it is as it was.
+            ValueError: a part of a text, which the method can only read whole.
         """
-        cache.reserve(rows, counts)
         positions = [cache.num_tokens[row] for row in rows]
         step = Step(rows, positions, counts, self.inverse_frequencies, ends_prompt)
+        if not self.method.reads_parts and not step.decodes and (step.continues or not ends_prompt):
+            raise ValueError(f"{self.method.name} reads a prompt whole, or one token at a time: parts were given")
+        cache.reserve(rows, counts)
         hidden_TH = self._body(token_T, CachedAttention(self.method, cache, step, trace))
         cache.commit(step)
         return hidden_TH

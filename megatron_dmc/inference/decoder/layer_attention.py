@@ -80,8 +80,11 @@ class CachedAttention:
         update = self.method.absorb(tokens, *self.cache.before(layer, self.step))
         caches = self.cache.write(layer, self.step, update)
         output = self.method.attend(tokens, update, caches)
-        if self.step.ends_prompt and not self.step.decodes:
-            keep = self.method.end_prompt(caches, update.state)
+        if self.step.decodes:
+            self.cache.set_state(layer, self.step, self.method.observe(tokens, update, caches))
+        else:
+            keep = self.method.end_prompt(tokens, update, caches) if self.step.ends_prompt else None
+            self.cache.set_state(layer, self.step, update.state)
             if keep is not None:
                 self.cache.compact(layer, self.step, keep)
         if self.trace is not None:
