@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.evaluation.agreement import Agreement
-from megatron_dmc.evaluation.scores import Advance, Scores, score_decode, score_whole
+from megatron_dmc.evaluation.scores import Scores, score_decode, score_whole
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.support.progress import Advance
 
 TEACHER_FORCED, DECODE, BOTH = "teacher-forced", "decode", "both"
 PATHS = (TEACHER_FORCED, DECODE, BOTH)

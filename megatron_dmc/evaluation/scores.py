@@ -5,7 +5,6 @@ Legend: S sequence, B batch, L layers, G KV heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,10 @@ from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.decoder.layer_attention import DecisionTrace
+from megatron_dmc.support.progress import Advance
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits that exist at one time: 64 MiB in float32."""
-
-Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)

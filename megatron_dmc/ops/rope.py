@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.precision import accumulation_dtype, row_slices
+from megatron_dmc.ops.precision import accumulation_dtype
+from megatron_dmc.ops.slices import row_slices
 
 
 class RopeScalingLike(Protocol):

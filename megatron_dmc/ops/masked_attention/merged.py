@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_dmc.ops.masked_attention.flash import kernel_for
 from megatron_dmc.ops.masked_attention.pieces import Piece, Shape
-from megatron_dmc.ops.precision import accumulation_dtype, row_slices
+from megatron_dmc.ops.precision import accumulation_dtype
+from megatron_dmc.ops.slices import row_slices
 
 Operands = tuple[Tensor, Tensor, Tensor]
 """q [B, N, T, D], k and v [B, G, S, D], or their gradients."""
