@@ -7,8 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dmc.models.config import RopeScaling
-from megatron_dmc.ops.rope import apply_rope, cos_sin, faded_rotation, inverse_frequencies, rotate, without_last_channel
+from megatron_dmc.ops.rope import (
+    RopeScaling,
+    apply_rope,
+    cos_sin,
+    faded_rotation,
+    inverse_frequencies,
+    rotate,
+    without_last_channel,
+)
 
 
 def test_rotates_pairs_of_channels() -> None:
