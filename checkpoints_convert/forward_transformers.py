@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import models as architectures
 
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.models.borrowed_channel import without_borrowed_channels
@@ -29,7 +30,7 @@ class TransformersModel:
         self._files = HuggingFaceDirectory(directory)
         self._clears_borrowed = clears_borrowed
         prefix = family_of(self._files.config.family).architecture.removesuffix("ForCausalLM")
-        module = importlib.import_module(f"transformers.models.{prefix.lower()}.modeling_{prefix.lower()}")
+        module = importlib.import_module(f"{architectures.__name__}.{prefix.lower()}.modeling_{prefix.lower()}")
         self._layer, self._norm = getattr(module, prefix + "DecoderLayer"), getattr(module, prefix + "RMSNorm")
         settings = {name: value for name, value in self._files.config_json.items() if name not in _NOT_MODEL_SETTINGS}
         self._config = getattr(module, prefix + "Config").from_dict(settings, attn_implementation="eager")
