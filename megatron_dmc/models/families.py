@@ -26,7 +26,7 @@ class Family:
         tensor_names: Hugging Face's name of every tensor, by our word for it (``tensors.Part``); ``*`` is the layer.
         qk_norm: queries and keys pass through an RMSNorm of their own before they are rotated.
         stated: settings that ``config.json`` must state, because transformers would fill in others.
-        fixed: settings of this family alone that must be absent or have one of these values.
+        fixed: settings of this family alone that must be absent or have one of these values; the first is written.
     """
 
     model_type: str

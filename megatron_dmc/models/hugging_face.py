@@ -34,7 +34,7 @@ def parse_hf_config(source: Mapping[str, Any] | str | Path) -> tuple[ModelConfig
     given = dict(source) if isinstance(source, Mapping) else read_config_json(Path(source))
     family = _parse_family(given)
     _check_fixed_settings(given, family)
-    _check_known(given)
+    _check_known(given, family)
     heads = _number(given, "num_attention_heads", int)
     hidden_size = _number(given, "hidden_size", int)
     theta, scaling = _parse_rope(given)
@@ -95,6 +95,7 @@ def to_hf_config(
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
+        **{name: allowed[0] for name, allowed in family.fixed.items()},
     }
     if dmc is not None:
         written["dmc"] = dmc.to_dict()
@@ -180,8 +181,8 @@ def _check_fixed_settings(given: Mapping[str, Any], family: Family) -> None:
         raise ValueError(f"config.json: layer_types={layer_types!r}: every layer must be full_attention")
 
 
-def _check_known(given: Mapping[str, Any]) -> None:
-    unknown = sorted(given.keys() - _KNOWN)
+def _check_known(given: Mapping[str, Any], family: Family) -> None:
+    unknown = sorted(given.keys() - _KNOWN - family.fixed.keys())
     if unknown:
         raise ValueError(
             f"config.json: unknown settings {', '.join(unknown)}: they may change what the model computes; "
