@@ -56,34 +56,45 @@ class Setting(NamedTuple):
         return given == self.default or not (given or self.default)
 
 
+def _derived(argument: str, value: Callable[[ModelConfig], Any], **more: Any) -> Setting:
+    """An argument whose flag has its name unless another is given."""
+    return Setting(argument, value, **{"flag": "--" + argument.replace("_", "-")} | more)
+
+
 def _field(argument: str, field: str | None = None, **more: Any) -> Setting:
-    """A field of ModelConfig; its flag has the argument's name unless another is given."""
+    """A field of ModelConfig."""
     field = field or argument
-    value = more.pop("value", operator.attrgetter(field))
-    return Setting(argument, value, field, **{"flag": _flag_of(argument)} | more)
+    return _derived(argument, operator.attrgetter(field), field=field, **more)
 
 
 def _layer(argument: str, field: str | None = None, **more: Any) -> Setting:
-    """The same, of Megatron's transformer layers."""
-    return _field(argument, field, **{"transformer": argument} | more)
+    """A field of ModelConfig that Megatron's transformer layers ask for."""
+    return _field(argument, field, transformer=argument, **more)
 
 
-def _fixed(argument: str, value: Any, **more: Any) -> Setting:
-    return Setting(argument, lambda _: value, fixed=True, default=value, **more)
+def _fixed(argument: str, value: Any, remedy: str | None = None, **more: Any) -> Setting:
+    return Setting(argument, lambda _: value, fixed=True, default=value, remedy=remedy, **more)
 
 
-def _flag_of(argument: str) -> str:
-    return "--" + argument.replace("_", "-")
-
-
-def _whole(name: str, value: float) -> int:
-    if value != int(value):
-        raise ValueError(f"{name}={value}: Megatron takes this rotary setting only as a whole number")
-    return int(value)
+def _block(argument: str, value: Any, remedy: str | None = None, **more: Any) -> Setting:
+    """A fixed value that Megatron's transformer layers ask for."""
+    return _fixed(argument, value, remedy, **{"transformer": argument} | more)
 
 
 _LLAMA3 = RopeScaling("llama3", 8.0)
 """Megatron has a flag for the factor; the other numbers are constants of its code."""
+
+_LLAMA3_NUMBERS = {
+    "rope_scaling_factor": "factor",
+    "dmc_rope_low_freq_factor": "low_freq_factor",
+    "dmc_rope_high_freq_factor": "high_freq_factor",
+    "dmc_rope_original_positions": "original_max_position_embeddings",
+}
+
+
+def _llama3_number(argument: str, **more: Any) -> Setting:
+    number = operator.attrgetter(_LLAMA3_NUMBERS[argument])
+    return _derived(argument, lambda config: number(_llama3(config) or _LLAMA3), default=number(_LLAMA3), **more)
 
 
 def _llama3(config: ModelConfig) -> RopeScaling | None:
@@ -96,18 +107,14 @@ def _linear_factor(config: ModelConfig) -> int | None:
     return _whole("rope_scaling", scaling.factor) if scaling is not None and scaling.rope_type == "linear" else None
 
 
-_LLAMA3_NUMBERS = {
-    "rope_scaling_factor": "factor",
-    "dmc_rope_low_freq_factor": "low_freq_factor",
-    "dmc_rope_high_freq_factor": "high_freq_factor",
-    "dmc_rope_original_positions": "original_max_position_embeddings",
-}
+def _base(config: ModelConfig) -> int:
+    return _whole("rope_theta", config.rope_theta)
 
 
-def _llama3_number(argument: str, gpt: str | None = None) -> Setting:
-    value = operator.attrgetter(_LLAMA3_NUMBERS[argument])
-    flag, default = _flag_of(argument), value(_LLAMA3)
-    return Setting(argument, lambda config: value(_llama3(config) or _LLAMA3), default=default, flag=flag, gpt=gpt)
+def _whole(name: str, value: float) -> int:
+    if value != int(value):
+        raise ValueError(f"{name}={value}: Megatron takes this rotary setting only as a whole number")
+    return int(value)
 
 
 SETTINGS = (
@@ -116,117 +123,63 @@ SETTINGS = (
     _layer("ffn_hidden_size"),
     _layer("num_attention_heads"),
     _layer("kv_channels", "head_dim"),
-    Setting("group_query_attention", lambda _: True, flag="--group-query-attention"),
+    _derived("group_query_attention", lambda _: True),
     _layer("num_query_groups", "num_kv_heads"),
     _layer("layernorm_epsilon", "rms_norm_eps", flag="--norm-epsilon", former="norm_epsilon"),
     _layer("qk_layernorm", "qk_norm", default=False),
     _field("max_position_embeddings", gpt="max_sequence_length"),
     _field("vocab_size"),
-    Setting(
-        "untie_embeddings_and_output_weights",
-        lambda config: not config.tie_word_embeddings,
-        flag="--untie-embeddings-and-output-weights",
-    ),
     _field("dmc_model_family", "family", default="llama"),
-    # The positions.
-    Setting(
-        "rotary_base",
-        lambda config: _whole("rope_theta", config.rope_theta),
-        default=10000,
-        flag="--rotary-base",
-        gpt="rotary_base",
-    ),
-    Setting(
-        "rotary_seq_len_interpolation_factor",
-        _linear_factor,
-        flag="--rotary-seq-len-interpolation-factor",
-        gpt="seq_len_interpolation_factor",
-    ),
-    Setting(
-        "use_rope_scaling",
-        lambda config: _llama3(config) is not None,
-        default=False,
-        flag="--use-rope-scaling",
-        gpt="rope_scaling",
-    ),
+    _derived("untie_embeddings_and_output_weights", lambda config: not config.tie_word_embeddings),
+    # Positions.
+    _derived("rotary_base", _base, default=10000, gpt="rotary_base"),
+    _derived("rotary_seq_len_interpolation_factor", _linear_factor, gpt="seq_len_interpolation_factor"),
+    _derived("use_rope_scaling", lambda config: _llama3(config) is not None, default=False, gpt="rope_scaling"),
     _llama3_number("rope_scaling_factor", gpt="rope_scaling_factor"),
     _llama3_number("dmc_rope_low_freq_factor"),
     _llama3_number("dmc_rope_high_freq_factor"),
     _llama3_number("dmc_rope_original_positions"),
+    _fixed(
+        "position_embedding_type", "rope", "keys are rotated after pooling; use --position-embedding-type rope",
+        flag="--position-embedding-type", gpt="position_embedding_type",
+    ),
+    _fixed("rotary_percent", 1.0, "the whole head is rotated; use --rotary-percent 1.0", gpt="rotary_percent"),
+    _block("rotary_interleaved", False, "halves are rotated; remove --rotary-interleaved"),
+    _block("no_rope_freq", None, "every layer rotates its keys; remove --no-rope-freq"),
     # How the weights are stored.
-    Setting("params_dtype", lambda config: config.dtype),
-    Setting("bf16", lambda config: config.dtype == "bfloat16"),
-    Setting("fp16", lambda config: config.dtype == "float16"),
+    _derived("params_dtype", lambda config: config.dtype, flag=None),
+    _derived("bf16", lambda config: config.dtype == "bfloat16", flag=None),
+    _derived("fp16", lambda config: config.dtype == "float16", flag=None),
     # What the block is, in every family.
-    _fixed(
-        "normalization", "RMSNorm", flag="--normalization", transformer="normalization",
-        remedy="the block's norm; use --normalization RMSNorm",
+    _block("normalization", "RMSNorm", "the block's norm; use --normalization RMSNorm", flag="--normalization"),
+    _block("swiglu", True, flag="--swiglu", transformer="gated_linear_unit"),
+    _block("add_bias_linear", False, flag="--disable-bias-linear", switch=False),
+    _block("add_qkv_bias", False),
+    _block("layernorm_zero_centered_gamma", False),
+    _block("apply_residual_connection_post_layernorm", False),
+    _block("apply_query_key_layer_scaling", False),
+    _block("window_size", None, "sliding windows are not supported; remove --window-size"),
+    _block("softmax_type", "vanilla", "attention sinks are not supported; use --softmax-type vanilla"),
+    _block("attention_output_gate", False, "no part of the block; remove --attention-output-gate"),
+    _block("multi_latent_attention", False, "only multi-head and grouped-query attention compress; remove it"),
+    _block("experimental_attention_variant", None, "only softmax attention compresses; remove the flag"),
+    _block("mtp_num_layers", None, "multi-token prediction is not supported; remove --mtp-num-layers"),
+    _block(
+        "num_experts", None, "mixtures of experts are not supported; remove --num-experts",
+        transformer="num_moe_experts",
     ),
-    _fixed("swiglu", True, flag="--swiglu", transformer="gated_linear_unit"),
+    _block("use_mup", False, "it rescales attention; remove --use-mup"),
     _fixed("squared_relu", False),
-    _fixed("add_bias_linear", False, flag="--disable-bias-linear", switch=False, transformer="add_bias_linear"),
-    _fixed("add_qkv_bias", False, transformer="add_qkv_bias"),
     _fixed("apply_layernorm_1p", False),
-    _fixed("layernorm_zero_centered_gamma", False, transformer="layernorm_zero_centered_gamma"),
-    _fixed("apply_residual_connection_post_layernorm", False, transformer="apply_residual_connection_post_layernorm"),
-    _fixed("apply_query_key_layer_scaling", False, transformer="apply_query_key_layer_scaling"),
-    _fixed(
-        "position_embedding_type", "rope", flag="--position-embedding-type", gpt="position_embedding_type",
-        remedy="keys are rotated after pooling; use --position-embedding-type rope",
-    ),
-    _fixed(
-        "rotary_percent", 1.0, gpt="rotary_percent",
-        remedy="rotary embeddings cover the whole head; use --rotary-percent 1.0",
-    ),
-    _fixed(
-        "rotary_interleaved", False, transformer="rotary_interleaved",
-        remedy="halves are rotated; remove --rotary-interleaved",
-    ),
-    _fixed(
-        "no_rope_freq", None, transformer="no_rope_freq",
-        remedy="every layer rotates its keys; remove --no-rope-freq",
-    ),
-    _fixed(
-        "window_size", None, transformer="window_size",
-        remedy="sliding windows are not supported; remove --window-size",
-    ),
-    _fixed(
-        "softmax_type", "vanilla", transformer="softmax_type",
-        remedy="attention sinks are not supported; use --softmax-type vanilla",
-    ),
-    _fixed(
-        "attention_output_gate", False, transformer="attention_output_gate",
-        remedy="no part of the block; remove --attention-output-gate",
-    ),
-    _fixed(
-        "multi_latent_attention", False, transformer="multi_latent_attention",
-        remedy="only multi-head and grouped-query attention compress; remove it",
-    ),
-    _fixed(
-        "experimental_attention_variant", None, transformer="experimental_attention_variant",
-        remedy="only softmax attention compresses; remove the flag",
-    ),
     _fixed("linear_attention_freq", None),
-    _fixed(
-        "mtp_num_layers", None, transformer="mtp_num_layers",
-        remedy="multi-token prediction is not supported; remove --mtp-num-layers",
-    ),
-    _fixed(
-        "num_experts", None, transformer="num_moe_experts",
-        remedy="mixtures of experts are not supported; remove --num-experts",
-    ),
     _fixed("heterogeneous_layers_config_path", None),
-    _fixed("use_mup", False, transformer="use_mup", remedy="it rescales attention; remove --use-mup"),
 )  # fmt: skip
 
 # Not a matter of the model, but Megatron's own defaults would sabotage the retrofit of a trained one.
 WITHOUT_DROPOUT = (
-    _fixed(
-        "attention_dropout", 0.0, flag="--attention-dropout", transformer="attention_dropout",
-        remedy="use --attention-dropout 0",
-    ),
-    _fixed("hidden_dropout", 0.0, flag="--hidden-dropout", transformer="hidden_dropout"),
-)  # fmt: skip
+    _block("attention_dropout", 0.0, "use --attention-dropout 0", flag="--attention-dropout"),
+    _block("hidden_dropout", 0.0, flag="--hidden-dropout"),
+)
 
 ALL_SETTINGS = SETTINGS + WITHOUT_DROPOUT
 
