@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dmc.checkpoint.companions import companion_files
 from megatron_dmc.support.files import sha256_file
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
 class Tokenizer(ABC):
@@ -48,11 +48,7 @@ class Tokenizer(ABC):
 
     def files(self) -> list[Path]:
         """The files that a model directory needs in order to hold this tokenizer."""
-        folder = self._path.parent
-        names = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE, *COMPANIONS)
-        return [self._path] + [
-            folder / name for name in names if folder / name != self._path and (folder / name).is_file()
-        ]
+        return [self._path] + [path for path in companion_files(self._path.parent) if path != self._path]
 
 
 class SentencePieceTokenizer(Tokenizer):

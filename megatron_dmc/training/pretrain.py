@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.models.megatron import refuse_for_stock
 from megatron_dmc.seam import host
 from megatron_dmc.seam.processes import complete_environment
 from megatron_dmc.support.errors import InfrastructureError
 from megatron_dmc.training.arguments import (
     EXTENSION_FREE_FLAGS,
     HOST_FLAGS,
-    LLAMA_ARGUMENTS,
+    RUN_DEFAULTS,
     STAGE_ARGUMENTS,
     add_dmc_arguments,
-    check_shape,
     dmc_config_from_args,
-    llama_flags,
     refuse_flags,
     with_defaults,
 )
+from megatron_dmc.training.model_flags import check_flags, fixed_flags, model_flags
 from megatron_dmc.training.start import Start, find_start, saved_iteration
 
 if TYPE_CHECKING:
@@ -132,12 +132,13 @@ def _check_tokens(given: argparse.Namespace, config: ModelConfig | None) -> None
 
 
 def _complete(argv: list[str], given: argparse.Namespace, start: Start) -> list[str]:
-    """``argv`` with what a Llama, this machine and the start of the run require; prints what it added."""
-    tables = [LLAMA_ARGUMENTS, STAGE_ARGUMENTS[given.dmc_stage]]
+    """``argv`` with what the model, this machine and the start of the run require; prints what it added."""
+    tables = [fixed_flags(), RUN_DEFAULTS, STAGE_ARGUMENTS[given.dmc_stage]]
     if start.config is not None:
-        shape = llama_flags(start.config)
-        check_shape(argv, shape)
-        tables.append(shape)
+        if given.dmc_stage == "off":
+            refuse_for_stock(start.config)
+        check_flags(argv, start.config)
+        tables.append(model_flags(start.config))
     if host.needs_cpu():
         tables.append(HOST_FLAGS)
     elif importlib.util.find_spec("transformer_engine") is None:

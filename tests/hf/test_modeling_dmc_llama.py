@@ -11,7 +11,8 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.sampling import SamplingParams
-from megatron_dmc.models.config import RopeScaling, to_hf_config
+from megatron_dmc.models.hugging_face import to_hf_config
+from megatron_dmc.ops.rope import RopeScaling
 from tests.inference.model_directory import VOCAB_SIZE, write_model
 
 transformers = pytest.importorskip("transformers")

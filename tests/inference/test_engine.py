@@ -7,7 +7,8 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
-from megatron_dmc.models.config import RopeScaling, to_hf_config
+from megatron_dmc.models.hugging_face import to_hf_config
+from megatron_dmc.ops.rope import RopeScaling
 from tests.inference.tiny_model import Decoder, RandomSource, tiny_llama, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5], list(range(40))]

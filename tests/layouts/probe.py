@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_dmc.models.borrowed_channel import borrowed_rows_of_qkv
 from megatron_dmc.training import metrics, pretrain, start
 from megatron_dmc.training.model.builder import DMCModelBuilder
 
@@ -83,7 +84,7 @@ def make_base(argv: list[str], spread: float) -> Record:
         queries = config.num_attention_heads // config.num_query_groups
         for layer in model.decoder.layers:
             weight = layer.self_attention.linear_qkv.weight.data
-            weight.view(-1, queries + 2, config.kv_channels, weight.shape[1])[:, : queries + 1, -1] *= spread
+            borrowed_rows_of_qkv(weight, queries, config.kv_channels).mul_(spread)
         return model
 
     DMCModelBuilder.build_model = build_spread

@@ -1,4 +1,4 @@
-"""Llama in plain PyTorch, from any checkpoint that we read: one body, and attention given by the caller.
+"""Models of every family in plain PyTorch, from any checkpoint: one body, and attention given by the caller.
 
 Legend: S positions of whole sequences, T packed new tokens, B sequences, H hidden size, N query heads, G KV heads,
 D head dim, V vocabulary.
@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dmc.checkpoint.source import Source
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
 from megatron_dmc.inference.decoder.layer_attention import Attention, CachedAttention, DecisionTrace, WholeAttention
-from megatron_dmc.inference.weights import ModelSource
 from megatron_dmc.methods import Method, method_of
 from megatron_dmc.methods.step import Step
 from megatron_dmc.models.config import DTYPES
+from megatron_dmc.models.tensors import by_hf_name, hf_name
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.rope import inverse_frequencies
 
@@ -35,10 +36,13 @@ class LayerWeights:
     gate_up: Tensor
     """Gate and up projections, one above the other."""
     down: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    """Norms over the channels of each query and key head, in families that have them."""
 
 
 class Decoder:
-    """A Llama that reads tokens and writes its cache; inference alone, no gradients.
+    """A model that reads tokens and writes its cache; inference alone, no gradients.
 
     Args:
         source: checkpoint or exported model.
@@ -52,7 +56,7 @@ class Decoder:
 
     def __init__(
         self,
-        source: ModelSource,
+        source: Source,
         *,
         dtype: str | None = None,
         device: torch.device | str = "cpu",
@@ -70,34 +74,33 @@ class Decoder:
         self.inverse_frequencies = frequencies.to(self.device)
         self._load(source)
 
-    def _load(self, source: ModelSource) -> None:
+    def _load(self, source: Source) -> None:
         config = self.config
-        hidden, ffn, vocab = config.hidden_size, config.ffn_hidden_size, config.vocab_size
-        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-        def load(name: str, *shape: int) -> Tensor:
-            tensor = source.tensor(name)
+        def load(role: str, layer: int | None = None) -> Tensor:
+            name = hf_name(config, role, layer)
+            entry, place = by_hf_name(config)[name]
+            tensor, shape = source.tensor(name), entry.hf_shapes(config)[place]
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: the model's configuration says {shape}")
             return tensor.to(self.device, self.dtype)
 
-        def load_layer(prefix: str) -> LayerWeights:
-            attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-            qkv = [load(f"{attention}.{name}_proj.weight", kv_size, hidden) for name in ("k", "v")]
-            qkv = [load(f"{attention}.q_proj.weight", q_size, hidden), *qkv]
+        def load_layer(layer: int) -> LayerWeights:
             return LayerWeights(
-                attention_norm=load(f"{prefix}.input_layernorm.weight", hidden),
-                qkv=torch.cat(qkv),
-                attention_output=load(f"{attention}.o_proj.weight", hidden, q_size),
-                mlp_norm=load(f"{prefix}.post_attention_layernorm.weight", hidden),
-                gate_up=torch.cat([load(f"{mlp}.{name}_proj.weight", ffn, hidden) for name in ("gate", "up")]),
-                down=load(f"{mlp}.down_proj.weight", hidden, ffn),
+                attention_norm=load("attention_norm", layer),
+                qkv=torch.cat([load(role, layer) for role in ("q", "k", "v")]),
+                attention_output=load("attention_output", layer),
+                mlp_norm=load("mlp_norm", layer),
+                gate_up=torch.cat([load(role, layer) for role in ("gate", "up")]),
+                down=load("down", layer),
+                q_norm=load("q_norm", layer) if config.qk_norm else None,
+                k_norm=load("k_norm", layer) if config.qk_norm else None,
             )
 
-        self.embedding = load("model.embed_tokens.weight", vocab, hidden)
-        self.layers = [load_layer(f"model.layers.{index}") for index in range(config.num_layers)]
-        self.final_norm = load("model.norm.weight", hidden)
-        self.output = self.embedding if config.tie_word_embeddings else load("lm_head.weight", vocab, hidden)
+        self.embedding = load("embedding")
+        self.layers = [load_layer(layer) for layer in range(config.num_layers)]
+        self.final_norm = load("final_norm")
+        self.output = self.embedding if config.tie_word_embeddings else load("output")
 
     def new_cache(
         self, num_sequences: int, *, block_size: int = DEFAULT_BLOCK_SIZE, num_blocks: int | None = None
@@ -175,12 +178,15 @@ class Decoder:
             hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
         return self._norm(hidden, self.final_norm)
 
-    def _project(self, hidden: Tensor, layer: LayerWeights) -> list[Tensor]:
+    def _project(self, hidden: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., N, D], keys and values [..., G, D]."""
         config = self.config
         heads = [config.num_attention_heads, config.num_kv_heads, config.num_kv_heads]
         qkv = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv)
-        return list(qkv.unflatten(-1, (sum(heads), config.head_dim)).split(heads, dim=-2))
+        q, k, v = qkv.unflatten(-1, (sum(heads), config.head_dim)).split(heads, dim=-2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        return q, k, v
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm in float32."""

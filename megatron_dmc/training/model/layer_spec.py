@@ -33,5 +33,8 @@ def dmc_block_spec(model_config: Any, vp_stage: int | None = None) -> ModuleSpec
         return layer_spec
     layer_spec.submodules.input_layernorm = DMCRMSNorm
     layer_spec.submodules.pre_mlp_layernorm = DMCRMSNorm
+    if model_config.transformer.qk_layernorm:
+        attention = layer_spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = DMCRMSNorm
     num_layers = get_num_layers_to_build(model_config.transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=DMCRMSNorm)

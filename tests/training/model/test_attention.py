@@ -33,11 +33,14 @@ class OneRank:
         return self._rank
 
 
-def layer(settings, tp=OneRank(), per_token=False, layer_number=2):
+ALONE = OneRank()
+
+
+def layer(settings, tp=ALONE, per_token=False, layer_number=2):
     config = SimpleNamespace(
         dmc=settings, num_layers=LAYERS, num_query_groups=G * tp.size(), calculate_per_token_loss=per_token
     )
-    return MethodCoreAttention(config, layer_number, SimpleNamespace(tp=tp, cp=OneRank()))
+    return MethodCoreAttention(config, layer_number, SimpleNamespace(tp=tp, cp=ALONE))
 
 
 def projections():
