@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.support.files import write_text
 from megatron_dmc.runs.directory import METRICS_FILE
+from megatron_dmc.support.files import write_text
 
 
 class MetricsFile:
