@@ -13,6 +13,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from megatron_dmc.support.versions import REQUIRED
+
 TESTED_VERSIONS = ("0.19.2",)
 _APPLIED = "_megatron_dmc_applied"
 _ORIGINAL = "_megatron_dmc_original"
@@ -28,8 +30,9 @@ def check_version() -> str:
         import megatron.core
         import megatron.training
     except ImportError as error:
+        package = "megatron-core[training]"
         raise ImportError(
-            f"{error}; megatron_dmc needs the engine: pip install 'megatron-core[training]>=0.19.2,<0.21'"
+            f"{error}; megatron_dmc needs the engine: pip install '{package}{REQUIRED[package]}'"
         ) from error
     version = str(megatron.core.__version__)
     # Core adds the commit of the repository around its files, ours where .venv lies in it: 0.19.2+719bd7e.

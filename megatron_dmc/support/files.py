@@ -74,14 +74,15 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return data
 
 
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object without repeated names, infinities or NaN.
+def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, Any]:
+    """A JSON object without repeated names, and without infinities and NaN unless ``finite`` is false.
 
     Raises:
         ValueError: anything else; the message names ``what``.
     """
+    constant = _refuse_constant if finite else None
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -89,9 +90,9 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path, limit: int = JSON_BYTES_LIMIT) -> dict[str, Any]:
-    """The JSON object in a file; see :func:`parse_json`."""
-    return parse_json(read_bounded(path, limit), str(path))
+def read_json(path: Path, limit: int = JSON_BYTES_LIMIT, *, finite: bool = True) -> dict[str, Any]:
+    """The JSON object in a file of at most ``limit`` bytes; see :func:`parse_json`."""
+    return parse_json(read_bounded(path, limit), str(path), finite=finite)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -127,6 +127,15 @@ def dmc_config_from_args(args: Any) -> DMCConfig:
     return DMCConfig(**{field.name: getattr(args, f"dmc_{field.name}") for field in dataclasses.fields(DMCConfig)})
 
 
+def dmc_flags(settings: DMCConfig) -> dict[str, Any]:
+    """The flags of all settings that have a value; the inverse of :func:`dmc_config_from_args`."""
+    return {
+        "--dmc-" + name.replace("_", "-"): value
+        for name, value in dataclasses.asdict(settings).items()
+        if value is not None
+    }
+
+
 def llama_flags(config: ModelConfig) -> dict[str, str | None]:
     """Megatron's flags for the shape of a model. Raises ``ValueError`` where Megatron has no flag for it."""
     flags: dict[str, str | None] = {

@@ -9,6 +9,8 @@ from megatron_dmc.runs.completeness import Outcome, Status, read_outcome
 from tests.layouts.cases import PIPELINE, RETROFIT
 from tests.layouts.ranks import run_ranks
 
+LONGER = ("--override-opt-param-scheduler",)
+"""Without it Megatron refuses to continue with another length."""
 FLAGS = {"dmc_target_cr": 1.2, "exit_interval": None}
 
 
@@ -62,7 +64,7 @@ def test_layout_stage_ended_by_its_ratio(train, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))
     assert consolidate(train, tmp_path)[0] == [0]
     # A higher ratio goes on.
-    assert train(train_iters=12, dmc_stop_at_cr=50) == ([0], "stage finished at iteration 12")
+    assert train(switches=LONGER, train_iters=12, dmc_stop_at_cr=50) == ([0], "stage finished at iteration 12")
 
 
 def test_layout_stop_file(train, tmp_path):
@@ -76,13 +78,11 @@ def test_layout_stop_file(train, tmp_path):
 
 def test_layout_more_steps_are_not_done_yet(train, tmp_path):
     assert train(train_iters=2)[0] == [0]
-    assert train(train_iters=4, exit_interval=3)[0] == [75]
+    assert train(switches=LONGER, train_iters=4, exit_interval=3)[0] == [75]
     assert consolidate(train, tmp_path)[0] == [1]
 
 
 def test_layout_without_a_directory_nothing_is_saved(train):
     codes, said = train(save=None, exit_interval=1)
-    assert (codes, said) == (
-        [75],
-        "stage interrupted at iteration 1 of 4, which is lost: only with --save DIR a run continues",
-    )
+    assert codes == [75]
+    assert said == "stage interrupted at iteration 1 of 4, which is lost: only with --save a run continues"
