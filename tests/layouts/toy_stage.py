@@ -46,5 +46,5 @@ def measure_hold(checkpoint: Any) -> tuple[float, float]:
     know_hold()
     model = Decoder(open_source(checkpoint), dtype="float32")
     result = evaluate(model, torch.arange(4 * 33).reshape(4, 33) * 7 % 119, path=BOTH)
-    assert not result.agreement.failures, result.agreement
+    assert not result.agreement.failures()
     return result.teacher_forced.compression_ratio, result.decode.compression_ratio
