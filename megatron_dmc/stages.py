@@ -84,11 +84,11 @@ class Stage:
     neuron_scale: Callable[[int, int, float], float] = no_neuron
     learning_rate: LearningRate | None = None
 
-    def check_base(self, base: str, path: str) -> None:
-        """Raise ``ValueError`` when this stage cannot start from ``path``, a checkpoint of stage ``base``."""
-        if base not in self.follows:
+    def check_base(self, base: Stage, path: str) -> None:
+        """Raise ``ValueError`` when this stage cannot start from ``path``, a checkpoint of ``base``."""
+        if base.name not in self.follows:
             raise ValueError(
-                f"--dmc-stage {self.name} was started from {path}, a checkpoint of stage {base}: it starts from "
+                f"--dmc-stage {self.name} was started from {path}, a checkpoint of stage {base.name}: it starts from "
                 f"{' or '.join(self.follows)}; run the stages in the order {', '.join(retrofit_order())}"
             )
 

@@ -25,10 +25,10 @@ ORDER = ["off", "zero_out", "retrofit", "consolidate"]
 @pytest.mark.parametrize("stage", ORDER[1:])
 def test_a_stage_starts_only_from_the_one_before_it(stage, before):
     if ORDER.index(before) == ORDER.index(stage) - 1:
-        find_stage(stage).check_base(before, "BASE")
+        find_stage(stage).check_base(find_stage(before), "BASE")
     else:
         with pytest.raises(ValueError, match=f"{stage} was started from BASE, a checkpoint of stage {before}"):
-            find_stage(stage).check_base(before, "BASE")
+            find_stage(stage).check_base(find_stage(before), "BASE")
 
 
 def test_only_retrofit_clears_the_borrowed_rows():
@@ -47,7 +47,7 @@ def test_a_registered_stage_is_known_everywhere(monkeypatch):
     assert DMCConfig(stage="hold").compresses
     assert retrofit_order()[-1] == "hold"
     with pytest.raises(ValueError, match="in the order zero_out, retrofit, consolidate, hold"):
-        find_stage("hold").check_base("zero_out", "BASE")
+        find_stage("hold").check_base(ZERO_OUT, "BASE")
 
 
 def test_retrofit_climbs_in_a_line_to_its_target():

@@ -78,7 +78,7 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
     stored = _read(base)
     base_stage = find_stage(stored.dmc.stage) if stored.dmc else OFF
     stage = find_stage(settings.stage)
-    stage.check_base(base_stage.name, base)
+    stage.check_base(base_stage, base)
     if stored.dmc is not None:
         _check_finished(base, base_stage.name, saved, stored.args.get("train_iters"))
     consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage is not OFF else 0
