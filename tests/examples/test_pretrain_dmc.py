@@ -18,7 +18,16 @@ def test_it_obeys_the_stop_file_and_writes_metrics(tmp_path):
     shutil.copytree(ROOT / "tests" / "training" / "zero_out_of_0_1_0", save)
     stop.touch()
     command = [sys.executable, str(ROOT / "examples" / "pretrain_dmc.py"), *FLAGS.split()]
-    command += ["--make-vocab-size-divisible-by", "4", "--dmc-total-samples", "100", "--train-iters", "9"]
+    command += [
+        "--make-vocab-size-divisible-by",
+        "4",
+        "--dmc-total-samples",
+        "100",
+        "--train-iters",
+        "9",
+        "--save-interval",
+        "9",
+    ]
     command += ["--save", str(save), "--dmc-stop-file", str(stop), "--override-opt-param-scheduler"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
