@@ -18,6 +18,7 @@ from checkpoints_convert.verify import check_conversion
 from megatron_dmc.checkpoint.locate import LEGACY, locate
 from megatron_dmc.checkpoint.source import MegatronSource
 from megatron_dmc.config import BF16_DECISION_THRESHOLD, BF16_IMPORTANCE_EPSILON, DMCConfig
+from megatron_dmc.stages import CONSOLIDATE
 from megatron_dmc.support.files import new_directory
 
 MEGATRON_FOLDER, HUGGING_FACE_FOLDER = "megatron", "hugging_face"
@@ -28,7 +29,7 @@ LLAMA2_VOCAB_SIZE = 32000
 def release_settings(target_cr: float) -> DMCConfig:
     """The settings of the published models: the authors compute sigmoid(logit) > 0.5 in bfloat16."""
     return DMCConfig(
-        stage="consolidate",
+        stage=CONSOLIDATE.name,
         target_cr=target_cr,
         window_size=RELEASE_WINDOW_SIZE,
         decision_bias=5.0,

@@ -82,7 +82,7 @@ class PlainLlama(Source):
     def __init__(self, model: Source) -> None:
         self.directory, self.companions, self.config, self.dmc = model.directory, model.companions, model.config, None
         self._model = model
-        self._clears = model.dmc is not None and model.dmc.stage != "off"
+        self._clears = model.dmc is not None and model.dmc.borrows_channel
 
     def parts(self, entry: Entry) -> list[Tensor]:
         parts = self._model.parts(entry)

@@ -46,7 +46,7 @@ def _shape(config: ModelConfig) -> str:
 
 def _plain(facts: CardFacts) -> list[str]:
     trained = facts.trained
-    if trained is None or trained.stage == "off":
+    if trained is None or not trained.borrows_channel:
         return ["A Llama, exported from a Megatron-LM checkpoint."]
     return [
         f"A Llama, exported from stage `{trained.stage}` of a retrofit with Dynamic Memory Compression (iteration "

@@ -140,7 +140,7 @@ def _check_settings(first: Source, second: Source) -> tuple[bool, bool]:
 
 def _with_effect(dmc: DMCConfig | None) -> DMCConfig | None:
     """Settings of a stage that borrows channels."""
-    return None if dmc is None or dmc.stage == "off" else dmc
+    return None if dmc is None or not dmc.borrows_channel else dmc
 
 
 def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> Verification:

@@ -7,14 +7,15 @@ fields. Sources: [DMC] arXiv 2403.09636; "contract" marks a definition that the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_dmc.stages import RETROFIT, STAGES, find_stage
 
 SCHEMA_VERSION = 1
 """Version of the settings as they are stored in checkpoints and exported models."""
 
-STAGES = ("off", "zero_out", "retrofit", "consolidate")
 DECISIONS_PER = ("head", "layer")
 
 # sigmoid(x) > 0.5 evaluated in bfloat16 is x > 2**-7: the threshold of the published checkpoints.
@@ -22,9 +23,9 @@ BF16_DECISION_THRESHOLD = 0.0078125
 BF16_IMPORTANCE_EPSILON = 0.0078125
 
 
-def _setting(default: Any, help: str, *, unit: str = "", source: str, decoding: bool = False, **extra: Any) -> Any:
-    """A field of :class:`DMCConfig`. ``decoding``: the setting changes what a trained model computes."""
-    metadata = {"help": help, "unit": unit, "source": source, "decoding": decoding, **extra}
+def _setting(default: Any, help: str, *, unit: str = "", source: str, choices: Collection[str] | None = None) -> Any:
+    """A field of :class:`DMCConfig`."""
+    metadata = {"help": help, "unit": unit, "source": source, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -33,7 +34,7 @@ class DMCConfig:
     """Settings of DMC. Raises ``ValueError`` on a value outside its range."""
 
     stage: str = _setting(
-        "retrofit",
+        RETROFIT.name,
         "stage of the retrofit; off builds Megatron's own model and nothing of ours",
         source="[DMC] section 3.3",
         choices=STAGES,
@@ -49,7 +50,6 @@ class DMCConfig:
         "tokens in the running mean of a segment, the current one counted; 0 = the whole segment",
         unit="tokens, >= 0",
         source="[DMC] section 3.2; 12 in the published checkpoints",
-        decoding=True,
     )
     temperature: float = _setting(
         0.1, "temperature tau of the Gumbel-sigmoid in training", unit="> 0", source="[DMC] eq. 8"
@@ -59,27 +59,23 @@ class DMCConfig:
         "offset of the decision logit (subtracted) and of the importance logit (added)",
         unit="logits",
         source="[DMC] section 3.1",
-        decoding=True,
     )
     decision_threshold: float = _setting(
         0.0,
         "a decision logit strictly above it accumulates; 0.0078125 in the published bfloat16 checkpoints",
         unit="logits",
         source="contract",
-        decoding=True,
     )
     importance_epsilon: float = _setting(
         1e-6,
         "added to the importance, so that no segment has weight zero",
         unit="> 0",
         source="contract; 0.0078125 in the published checkpoints",
-        decoding=True,
     )
     decisions_per: str = _setting(
         "head",
         "one decision per KV head (DMC) or one per layer (DMC-C)",
         source="[DMC] section 3; definition of DMC-C: contract",
-        decoding=True,
         choices=DECISIONS_PER,
     )
     loss_weight: float = _setting(1.0, "weight of the one-sided compression loss", unit=">= 0", source="[DMC] eq. 11")
@@ -100,7 +96,7 @@ class DMCConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(self.stage in STAGES, "stage", self.stage, f"one of {', '.join(STAGES)}")
+        find_stage(self.stage)
         _require(self.target_cr >= 1, "target_cr", self.target_cr, ">= 1 (1 = no compression)")
         _require(self.window_size >= 0, "window_size", self.window_size, ">= 0 (0 = whole segment)")
         _require(self.temperature > 0, "temperature", self.temperature, "> 0 (published: 0.1)")
@@ -119,7 +115,12 @@ class DMCConfig:
     @property
     def compresses(self) -> bool:
         """Whether the cache of a model in this stage is compressed (decisions are taken)."""
-        return self.stage in ("retrofit", "consolidate")
+        return find_stage(self.stage).compresses
+
+    @property
+    def borrows_channel(self) -> bool:
+        """Whether the last channel of query and key heads is borrowed; otherwise the model is Megatron's own."""
+        return find_stage(self.stage).borrows_channel
 
     def to_dict(self) -> dict[str, Any]:
         """All settings and the schema version, ready for JSON."""

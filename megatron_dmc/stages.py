@@ -1,26 +1,142 @@
-"""The stages of a retrofit: what each may start from."""
+"""The stages of a retrofit ([DMC] section 3.3): each is one object, and nobody else knows a stage by its name.
+
+What changes during a stage is a pure function of step, length of the stage and settings. Nothing here has a state: a
+resumed run needs only its step. Steps are 0-based: those done before the one that is asked about.
+"""
 
 from __future__ import annotations
 
-PREDECESSORS: dict[str, tuple[str, ...]] = {
-    "off": ("off",),
-    "zero_out": ("off",),
-    "retrofit": ("zero_out",),
-    "consolidate": ("retrofit",),
-}
-"""Stage -> stages whose checkpoint it may start from; a plain Llama counts as ``off``."""
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
-def check_start(stage: str, base_stage: str, base_path: str) -> None:
-    """Raise ``ValueError`` when ``stage`` cannot start from a checkpoint of ``base_stage`` ([DMC] section 3.3)."""
-    allowed = PREDECESSORS[stage]
-    if base_stage not in allowed:
-        raise ValueError(
-            f"--dmc-stage {stage} was started from {base_path}, a checkpoint of stage {base_stage}: it starts from "
-            f"{' or '.join(allowed)}; run the stages in the order zero_out, retrofit, consolidate"
-        )
+def no_compression(step: int, stage_steps: int, final_cr: float) -> float:
+    """The cache of an uncompressed model."""
+    return 1.0
 
 
-def clears_borrowed_rows(stage: str, base_stage: str) -> bool:
-    """Whether starting ``stage`` from ``base_stage`` must first zero the rows of the borrowed channels."""
-    return stage == "retrofit" and base_stage == "zero_out"
+def rising_ratio(step: int, stage_steps: int, final_cr: float) -> float:
+    """A line from 1 that reaches ``final_cr`` in the last step and stays there."""
+    return 1.0 + (final_cr - 1.0) * min(1.0, (step + 1) / stage_steps)
+
+
+def final_ratio(step: int, stage_steps: int, final_cr: float) -> float:
+    """``final_cr`` from the first step on."""
+    return final_cr
+
+
+def whole_neuron(step: int, stage_steps: int, zero_out_fraction: float) -> float:
+    """The channel belongs to attention."""
+    return 1.0
+
+
+def fading_neuron(step: int, stage_steps: int, zero_out_fraction: float) -> float:
+    """From 1 to 0 within a share of the steps, then 0 for the rest (code of [DMC])."""
+    return max(0.0, 1.0 - step / (zero_out_fraction * stage_steps))
+
+
+def no_neuron(step: int, stage_steps: int, zero_out_fraction: float) -> float:
+    """The channel carries decisions and importance alone."""
+    return 0.0
+
+
+def accumulate_fraction(compression_ratio: float) -> float:
+    """Share of tokens merged into an entry at a compression ratio >= 1 ([DMC] section 3.2)."""
+    return 1.0 - 1.0 / compression_ratio
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """From ``first`` to ``last`` over a stage; ``decay`` is Megatron's ``--lr-decay-style``."""
+
+    first: float
+    last: float
+    decay: str = "constant"
+
+    def flags(self) -> dict[str, str]:
+        """Megatron's flags."""
+        rate = {"--lr": str(self.first), "--lr-decay-style": self.decay}
+        return rate if self.last == self.first else rate | {"--min-lr": str(self.last)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: of the flag ``--dmc-stage``, in checkpoints and in directories.
+        follows: names of the stages whose checkpoint it may start from.
+        borrows_channel: the last channel of query and key heads is not attention's alone; without it the stage builds
+            Megatron's own model and nothing of ours.
+        compresses: decisions are taken and the cache shrinks.
+        raises_target: the ratio asked for rises during the stage, which may therefore end early at a ratio.
+        target_cr: (step, length of the stage, final ratio) -> compression ratio that the loss asks for.
+        neuron_scale: (step, length of the stage, ``zero_out_fraction``) -> factor of the borrowed channel.
+        learning_rate: the published one ([DMC] section 4); None leaves it to Megatron's flags.
+    """
+
+    name: str
+    follows: tuple[str, ...]
+    borrows_channel: bool = True
+    compresses: bool = False
+    raises_target: bool = False
+    target_cr: Callable[[int, int, float], float] = no_compression
+    neuron_scale: Callable[[int, int, float], float] = no_neuron
+    learning_rate: LearningRate | None = None
+
+    def check_base(self, base: Stage, path: str) -> None:
+        """Raise ``ValueError`` when this stage cannot start from ``path``, a checkpoint of ``base``."""
+        if base.name not in self.follows:
+            raise ValueError(
+                f"--dmc-stage {self.name} was started from {path}, a checkpoint of stage {base.name}: it starts from "
+                f"{' or '.join(self.follows)}; run the stages in the order {', '.join(retrofit_order())}"
+            )
+
+    def clears_rows(self, base: Stage) -> bool:
+        """Whether starting from ``base`` must first zero the rows of the borrowed channels: decisions begin here."""
+        return self.compresses and base.borrows_channel and not base.compresses
+
+
+OFF = Stage("off", follows=("off",), borrows_channel=False, neuron_scale=whole_neuron)
+"""Megatron's own model: a plain Llama, and the control."""
+ZERO_OUT = Stage("zero_out", follows=("off",), neuron_scale=fading_neuron, learning_rate=LearningRate(3e-5, 3e-5))
+RETROFIT = Stage(
+    "retrofit",
+    follows=("zero_out",),
+    compresses=True,
+    raises_target=True,
+    target_cr=rising_ratio,
+    learning_rate=LearningRate(3e-5, 3e-5),
+)
+CONSOLIDATE = Stage(
+    "consolidate",
+    follows=("retrofit",),
+    compresses=True,
+    target_cr=final_ratio,
+    learning_rate=LearningRate(3e-5, 3e-6, "cosine"),
+)
+
+STAGES: dict[str, Stage] = {}
+"""All stages by name, in the order in which they follow one another."""
+
+
+def register(stage: Stage) -> None:
+    """Make a stage known to flags, checks and recipes."""
+    assert stage.name not in STAGES
+    STAGES[stage.name] = stage
+
+
+for _stage in (OFF, ZERO_OUT, RETROFIT, CONSOLIDATE):
+    register(_stage)
+
+
+def find_stage(name: str) -> Stage:
+    """The stage of a name. Raises ``ValueError`` for one that is not known."""
+    if name not in STAGES:
+        raise ValueError(f"dmc_stage={name!r}: must be one of {', '.join(STAGES)}")
+    return STAGES[name]
+
+
+def retrofit_order() -> tuple[str, ...]:
+    """Names of the stages that turn a plain Llama into a compressed one, in their order."""
+    return tuple(name for name, stage in STAGES.items() if stage.borrows_channel)

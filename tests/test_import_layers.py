@@ -14,9 +14,9 @@ LEAVES = frozenset({"megatron_dmc", "config", "support", "stages"})
 """Parts that need no other one but those of them before; ``megatron_dmc`` stands for the version and DMCConfig."""
 
 ALLOWED = {
-    "config": frozenset(),
+    "stages": frozenset(),
+    "config": frozenset({"stages"}),
     "support": frozenset(),
-    "stages": frozenset({"config"}),
     "ops": frozenset(),
     "models": LEAVES | {"ops"},
     "methods": LEAVES | {"models", "ops"},

@@ -2,47 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-JSON_BYTES_LIMIT = 1 << 26
-"""Far above the index of any model (a 70B Llama: 60 KB)."""
+from megatron_dmc.support.files import JSON_BYTES_LIMIT, parse_json, read_bounded, read_json
 
-
-def read_bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most ``limit`` bytes.
-
-    Raises:
-        ValueError: the file is missing, not a regular file, or larger.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing or not a regular file")
-    with open(path, "rb") as stream:
-        data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"{path} is larger than the {limit} bytes that are allowed for it")
-    return data
-
-
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object without repeated names, infinities or NaN.
-
-    Raises:
-        ValueError: anything else; the message names ``what``.
-    """
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} holds a {type(value).__name__}: a JSON object is expected")
-    return value
-
-
-def read_json(path: Path, limit: int = JSON_BYTES_LIMIT) -> dict[str, Any]:
-    """The JSON object in a file; see :func:`parse_json`."""
-    return parse_json(read_bounded(path, limit), str(path))
+__all__ = ["JSON_BYTES_LIMIT", "confined", "parse_json", "read_bounded", "read_exactly", "read_json"]
 
 
 def confined(directory: Path, name: object) -> Path:
@@ -71,15 +36,3 @@ def read_exactly(stream: BinaryIO, offset: int, length: int, what: str) -> bytes
     if len(data) != length:
         raise ValueError(f"{what} is truncated: {length} bytes expected at {offset}, {len(data)} found")
     return data
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice in one object")
-    return mapping
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")

@@ -52,7 +52,7 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code (0 done, 1 user error, 2 a check failed, 64 infrastructure)."""
+    """Run one command and return its exit code (0 done, 1 user error, 2 a check failed, 64 and up infrastructure)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = build_parser().parse_args(arguments)

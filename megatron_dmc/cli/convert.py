@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+from megatron_dmc.support.units import byte_count
 
 
 def add_parser(subparsers: Any) -> None:
@@ -111,10 +110,10 @@ def _add_max_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def _byte_count(text: str) -> int:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]I?|)B?", text.strip().upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes: 8G, 6GiB, 500M")
-    return int(float(match[1]) * _UNITS[match[2]])
+    try:
+        return byte_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _options(args: argparse.Namespace) -> Any:

@@ -7,12 +7,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_dmc.runs.layout import BASE, REPORT_FOLDER
+from megatron_dmc.stages import retrofit_order
+
 if TYPE_CHECKING:
     from megatron_dmc.recipes.recipe import Recipe
     from megatron_dmc.report.collect import RunFacts
 
 PROMPT = "def read_lines(path):\n"
-STAGES = ("base", "zero_out", "retrofit", "consolidate")
 SIZES = ("seq_length", "micro_batch_size", "eval_sequences")
 
 
@@ -34,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--max-hours", type=float, default=12.0, help="refuse an --hf-model that needs longer (default: %(default)s)"
     )
-    for stage in STAGES:
+    for stage in (BASE, *retrofit_order()):
         parser.add_argument(f"--{stage.replace('_', '-')}-steps", type=int, help=f"length of the stage {stage}")
     for size, meaning in zip(
         SIZES,
@@ -62,12 +64,11 @@ def run(args: argparse.Namespace) -> int:
         facts = run_job(Job(opened, recipe, args.prompt, model))
     _print_result(facts)
     code = show(facts.quality, as_json=False)
-    print(f"\nreport: {args.output / 'report' / 'report.md'}")
+    print(f"\nreport: {args.output / REPORT_FOLDER / 'report.md'}")
     return code
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    from megatron_dmc.config import DMCConfig
     from megatron_dmc.recipes.recipe import SMALL, user_model_recipe
 
     recipe = SMALL if args.hf_model is None else user_model_recipe()
@@ -75,14 +76,12 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise ValueError("--base-steps trains a small base model, --hf-model brings one: give one of the two")
     if args.global_batch_size is not None:
         recipe = recipe.with_batch_size(args.global_batch_size)
-    changes: dict[str, Any] = {size: getattr(args, size) for size in SIZES if getattr(args, size) is not None}
-    for stage in STAGES:
-        steps = getattr(args, f"{stage}_steps")
-        if steps is not None:
-            changes[stage] = recipe.stage(stage).of_length(steps)
-    dmc = dataclasses.replace(recipe.dmc, target_cr=args.target_cr)
-    assert isinstance(dmc, DMCConfig)
-    return dataclasses.replace(recipe, dmc=dmc, **changes)
+    lengths = {name: getattr(args, f"{name}_steps") for name in recipe.stages}
+    recipe = recipe.with_stages(
+        {name: recipe.stage(name).of_length(steps) for name, steps in lengths.items() if steps is not None}
+    )
+    sizes: dict[str, Any] = {size: getattr(args, size) for size in SIZES if getattr(args, size) is not None}
+    return dataclasses.replace(recipe, dmc=dataclasses.replace(recipe.dmc, target_cr=args.target_cr), **sizes)
 
 
 def _check_model(args: argparse.Namespace, recipe: Recipe) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 
 from megatron_dmc.support.errors import EXIT_USER_ERROR
 
 ARGPARSE_USAGE = 2
+CONTINUES = ", which is saved: the same command continues"
+LOST = ", which is lost: only with --save a run continues"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -22,20 +26,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; the exit code is judged by what was written. 16 and 17 stay those of Megatron's rerun machine."""
+    """Train; the exit code is judged by what was written: 75 where the stage was interrupted and can continue.
+
+    16 and 17 stay those of Megatron's rerun machine.
+    """
     if {"--help", "-h"} & set(args.megatron_flags):
         _print_help()
         return 0
     from megatron_dmc.training.pretrain import train
 
     try:
-        iteration = train(args.megatron_flags)
+        outcome = train(args.megatron_flags)
     except SystemExit as left:
         if left.code == ARGPARSE_USAGE:
             return EXIT_USER_ERROR
         raise
-    print(f"stage finished at iteration {iteration}", flush=True)
-    return 0
+    if int(os.environ["RANK"]) == 0:
+        remedy = CONTINUES if _saves(args.megatron_flags) else LOST
+        print(f"stage {outcome}{'' if outcome.finished else remedy}", flush=True)
+    return outcome.exit_code
+
+
+def _saves(flags: Sequence[str]) -> bool:
+    return any(flag.split("=", 1)[0] == "--save" for flag in flags)
 
 
 def _print_help() -> None:
@@ -49,5 +62,5 @@ def _print_help() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--pretrained-checkpoint", metavar="DIR", help="weights to start from, imported or of a stage")
-    parser.add_argument("--save", metavar="DIR", help="checkpoints of this stage, and metrics.jsonl")
+    parser.add_argument("--save", metavar="DIR", help="checkpoints of this stage, metrics.jsonl, outcome.json")
     add_dmc_arguments(parser).print_help()

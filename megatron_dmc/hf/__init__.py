@@ -7,8 +7,10 @@ The one package of ours whose import changes something elsewhere. Raises ``Impor
 or too old.
 """
 
+from megatron_dmc.support.versions import EXTRAS
+
 try:
-    from packaging.version import Version
+    from packaging.specifiers import SpecifierSet
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers import __version__ as found
 
@@ -18,10 +20,9 @@ try:
 except ImportError as error:
     raise ImportError(f"megatron_dmc.hf needs transformers ({error}): pip install 'megatron_dmc[hf]'") from error
 
-OLDEST_TRANSFORMERS = "5.17"
-"""Tested with it and with 5.23; caches of earlier releases have other methods."""
-if Version(found) < Version(OLDEST_TRANSFORMERS):
-    raise ImportError(f"transformers {found} is too old for megatron_dmc.hf: pip install 'megatron_dmc[hf]'")
+_needed = EXTRAS["hf"]["transformers"]
+if found not in SpecifierSet(_needed, prereleases=True):
+    raise ImportError(f"transformers {found} is no release {_needed}: pip install 'megatron_dmc[hf]'")
 
 AutoConfig.register(DMCLlamaConfig.model_type, DMCLlamaConfig)
 AutoModelForCausalLM.register(DMCLlamaConfig, DMCLlamaForCausalLM)

@@ -27,7 +27,7 @@ def method_of(settings: DMCConfig | None, neuron_scale: float = 0.0) -> Method:
         settings: of the model; None: it was never retrofitted.
         neuron_scale: of the borrowed channels while ``zero_out`` trains; they have faded at its end.
     """
-    if settings is None or settings.stage == "off":
+    if settings is None or not settings.borrows_channel:
         return Dense()
     return DMC(settings) if settings.compresses else Dense(neuron_scale)
 

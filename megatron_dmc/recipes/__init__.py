@@ -1,4 +1,6 @@
-"""The main job on a small model: data, base model, conversion, retrofit beside a control, measurement, export, report.
+"""Whole retrofits: what is run, and how.
 
-Read ``recipe`` (what is run), then ``job`` (the steps in order), then what a step calls.
+``recipe`` says what is run, ``run_stages`` trains its stages, ``quickstart`` is the main job on a small model: data,
+base model, conversion, retrofit beside a control, measurement, export, report. ``launch`` is the published recipe for
+the scripts in ``launch/``.
 """

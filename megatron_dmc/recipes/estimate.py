@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.recipes.recipe import Recipe
-from megatron_dmc.support.progress import amount, duration
+from megatron_dmc.support.files import free_space
+from megatron_dmc.support.units import amount, duration
 
 TRAINING_BYTES_PER_PARAMETER = 16
 """float32 parameter, gradient and two moments of Adam."""
@@ -53,12 +53,12 @@ def num_parameters(config: ModelConfig) -> int:
 def estimate(config: ModelConfig, recipe: Recipe, peak_flops: float) -> Estimate:
     """The needs of ``recipe`` on a machine that does ``peak_flops`` operations per second."""
     parameters = num_parameters(config)
-    tokens = recipe.micro_batch("retrofit") * recipe.seq_length
+    tokens = max(map(recipe.micro_batch, recipe.retrofit_stages)) * recipe.seq_length
     kept = 4 * tokens * config.hidden_size * ACTIVATIONS_PER_TOKEN_AND_LAYER * config.num_layers
     logits = 4 * tokens * config.vocab_size * LOGIT_COPIES
-    retrofit_samples = recipe.total_samples - recipe.first_sample("zero_out")
+    retrofit_samples = recipe.total_samples - recipe.first_sample(recipe.retrofit_stages[0])
     trained_tokens = recipe.seq_length * (recipe.total_samples + retrofit_samples)
-    stages = 1 + 2 * 3
+    stages = 1 + 2 * len(recipe.retrofit_stages)
     return Estimate(
         memory_bytes=PROCESS_BYTES + TRAINING_BYTES_PER_PARAMETER * parameters + kept + logits,
         disk_bytes=stages * CHECKPOINTS_PER_STAGE * CHECKPOINT_BYTES_PER_PARAMETER * parameters,
@@ -88,13 +88,12 @@ def refuse_what_cannot_fit(needed: Estimate, output: Path, max_hours: float) -> 
     """
     import psutil
 
-    existing = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
-    free_disk, free_memory = shutil.disk_usage(existing).free, psutil.virtual_memory().available
+    (_, free_disk), free_memory = free_space(output), psutil.virtual_memory().available
     smaller = "take a smaller model, fewer or shorter steps, or train on a cluster (launch/README.md)"
-    for needs, has, of in ((needed.memory_bytes, free_memory, "memory"), (needed.disk_bytes, free_disk, "disk")):
+    for needs, has, kind in ((needed.memory_bytes, free_memory, "memory"), (needed.disk_bytes, free_disk, "disk")):
         if needs > has:
             raise ValueError(
-                f"the retrofit needs about {amount(needs, 'B')} of {of}, free are {amount(has, 'B')}: {smaller}"
+                f"the retrofit needs about {amount(needs, 'B')} of {kind}, free are {amount(has, 'B')}: {smaller}"
             )
     if needed.seconds > 3600 * max_hours:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,19 +12,27 @@ from megatron_dmc.data.manifest import Manifest
 from megatron_dmc.data.prepare import Split, prepare_directory
 from megatron_dmc.recipes.generate import generate_in_new_process
 from megatron_dmc.recipes.measure import measure
-from megatron_dmc.recipes.recipe import SMALL_LLAMA, Recipe, flags, shape_flags
+from megatron_dmc.recipes.recipe import SMALL_LLAMA, Recipe, data_flags, flags
 from megatron_dmc.recipes.run_stages import StageRun, run_stages
-from megatron_dmc.report.collect import EVALUATION_FOLDER, GENERATION_FILE, RunFacts
-from megatron_dmc.report.metrics import COMPRESSING_ORDER, CONTROL_PREFIX
+from megatron_dmc.report.collect import RunFacts
 from megatron_dmc.report.write import write_report
 from megatron_dmc.runs.directory import RunDirectory
-from megatron_dmc.support.files import write_json
+from megatron_dmc.runs.layout import (
+    BASE,
+    BASE_HF,
+    BASE_MEGATRON,
+    CACHE_FOLDER,
+    DATA_FOLDER,
+    EVALUATION_FOLDER,
+    EXPORT,
+    GENERATION_FILE,
+    REPORT_FOLDER,
+    stage_directory,
+)
+from megatron_dmc.support.files import read_json, write_json
+from megatron_dmc.training.arguments import flag_list
+from megatron_dmc.training.model_flags import model_flags
 
-BASE = "base"
-BASE_HF = "base_hf"
-BASE_MEGATRON = "base_megatron"
-EXPORT = "export"
-REPORT = "report"
 NEW_TOKENS = 160
 
 
@@ -57,7 +64,7 @@ def run_job(job: Job) -> RunFacts:
     _measure_everything(job)
     job.run.step("export", partial(_export, job))
     job.run.step("generation", partial(_generate, job))
-    return write_report([job.run.path], job.run / REPORT)[0]
+    return write_report([job.run.path], job.run / REPORT_FOLDER)[0]
 
 
 def _train_everything(job: Job) -> None:
@@ -67,7 +74,7 @@ def _train_everything(job: Job) -> None:
     if job.hf_model is None:
         run.step("base", partial(_train_base, job))
     run.step("convert", partial(_convert, job))
-    for stage in COMPRESSING_ORDER:
+    for stage in job.recipe.retrofit_stages:
         run.step(stage, partial(_train_stage, job, stage))
 
 
@@ -75,7 +82,7 @@ def _prepare_data(job: Job) -> dict[str, Any]:
     tokenizer = SMALL_LLAMA.vocab_size if job.hf_model is None else job.hf_model
     manifests = prepare_directory(
         python_source(),
-        job.run / "data",
+        job.run / DATA_FOLDER,
         tokenizer=tokenizer,
         split=Split(),
         overwrite=True,
@@ -95,10 +102,11 @@ def _check_enough(train: Manifest, recipe: Recipe) -> None:
 
 
 def _train_base(job: Job) -> dict[str, Any]:
-    own = [*shape_flags(SMALL_LLAMA), *_data_flags(job)]
-    run_stages([StageRun([*own, *flags(job.recipe, "base")], job.run / BASE, job.recipe.base.steps)])
+    steps = job.recipe.stage(BASE).steps
+    own = [*flag_list(model_flags(SMALL_LLAMA)), *_data_flags(job)]
+    run_stages([StageRun([*own, *flags(job.recipe, BASE)], job.run / BASE, steps)])
     _to_hugging_face(job, job.run / BASE, job.run / BASE_HF)
-    return {"steps": job.recipe.base.steps}
+    return {"steps": steps}
 
 
 def _convert(job: Job) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def _train_stage(job: Job, stage: str) -> dict[str, Any]:
                 *_data_flags(job),
                 *flags(job.recipe, stage, control=control),
             ],
-            directory=job.run / _directory(stage, control),
+            directory=job.run / stage_directory(stage, control=control),
             steps=steps,
         )
         for control in (False, True)
@@ -131,33 +139,27 @@ def _train_stage(job: Job, stage: str) -> dict[str, Any]:
     return {"steps": steps}
 
 
-def _directory(stage: str, control: bool) -> str:
-    return f"{CONTROL_PREFIX}_{stage}" if control else stage
-
-
 def _start_of(job: Job, stage: str, control: bool) -> Path:
     """The checkpoint that a stage starts from."""
-    position = COMPRESSING_ORDER.index(stage)
-    return job.run / (_directory(COMPRESSING_ORDER[position - 1], control) if position else BASE_MEGATRON)
+    order = job.recipe.retrofit_stages
+    position = order.index(stage)
+    return job.run / (stage_directory(order[position - 1], control=control) if position else BASE_MEGATRON)
 
 
 def _data_flags(job: Job) -> list[str]:
-    data = job.run / "data"
-    paths = {"train": "train", "valid": "validation", "test": "test"}
-    splits = [part for flag, name in paths.items() for part in (f"--{flag}-data-path", str(data / name))]
-    return [*splits, "--data-cache-path", str(job.run / "cache")]
+    return flag_list(data_flags(job.run / DATA_FOLDER, job.run / CACHE_FOLDER))
 
 
 def _measure_everything(job: Job) -> None:
-    last = COMPRESSING_ORDER[-1]
-    models = {"base": BASE_MEGATRON, "control": _directory(last, control=True), "dmc": last}
+    last = job.recipe.retrofit_stages[-1]
+    models = {"base": BASE_MEGATRON, "control": stage_directory(last, control=True), "dmc": last}
     for name, directory in models.items():
         job.run.step(f"measure_{name}", partial(_measure, job, name, job.run / directory))
 
 
 def _measure(job: Job, name: str, model: Path) -> dict[str, Any]:
     recipe = job.recipe
-    data = job.run / "data" / "test"
+    data = job.run / DATA_FOLDER / "test"
     result = measure(model, data, recipe.seq_length, recipe.eval_sequences, decode=name == "dmc")
     write_json(job.run / EVALUATION_FOLDER / f"{name}.json", result)
     return {path: result[path]["compression_ratio"] for path in ("teacher_forced", "decode") if result[path]}
@@ -169,9 +171,8 @@ def _generate(job: Job) -> dict[str, Any]:
 
 
 def _export(job: Job) -> dict[str, Any]:
-    dmc = job.run / EVALUATION_FOLDER / "dmc.json"
-    measured = json.loads(dmc.read_text(encoding="utf-8"))["decode"]["compression_ratio"]
-    _to_hugging_face(job, job.run / COMPRESSING_ORDER[-1], job.run / EXPORT, measured)
+    measured = read_json(job.run / EVALUATION_FOLDER / "dmc.json", finite=False)["decode"]["compression_ratio"]
+    _to_hugging_face(job, job.run / job.recipe.retrofit_stages[-1], job.run / EXPORT, measured)
     return {"directory": EXPORT}
 
 
@@ -179,6 +180,6 @@ def _to_hugging_face(job: Job, checkpoint: Path, directory: Path, measured_cr: f
     from checkpoints_convert.megatron_to_hf import export_checkpoint
     from checkpoints_convert.options import Options
 
-    tokenizer = job.run / "data" / "tokenizer"
+    tokenizer = job.run / DATA_FOLDER / "tokenizer"
     options = Options(overwrite=True)
     export_checkpoint(checkpoint, directory, tokenizer=tokenizer, measured_cr=measured_cr, options=options)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
-from megatron_dmc.training.model_flags import model_flags
+from megatron_dmc.runs.layout import BASE
+from megatron_dmc.stages import CONSOLIDATE, OFF, RETROFIT, ZERO_OUT, Stage, find_stage
+from megatron_dmc.training.arguments import dmc_flags, flag_list
 
 SMALL_LLAMA = ModelConfig(
     hidden_size=128,
@@ -23,8 +27,6 @@ SMALL_LLAMA = ModelConfig(
     dtype="float32",
 )
 """0.9 million parameters: trained from scratch in minutes on two CPU cores."""
-
-STAGES = ("base", "zero_out", "retrofit", "consolidate")
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,38 @@ class Training:
         return dataclasses.replace(self, steps=steps, warmup_steps=min(self.warmup_steps, steps // 2))
 
 
+def published(stage: Stage, steps: int, batch_size: int) -> Training:
+    """A stage with its published learning rate."""
+    rate = stage.learning_rate
+    assert rate is not None
+    return Training(steps, rate.first, rate.last, rate.decay, batch_size=batch_size)
+
+
+def _small_stages() -> dict[str, Training]:
+    return {
+        BASE: Training(640, 3e-3, 3e-4, "cosine", 50, batch_size=12),
+        ZERO_OUT.name: Training(60, 1e-3, 1e-3),
+        RETROFIT.name: Training(1600, 1e-3, 1e-3),
+        CONSOLIDATE.name: Training(1300, 1e-3, 1e-4, "cosine"),
+    }
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All settings of a run; equal recipes give equal runs. Defaults: the small model.
 
-    ``base`` has no steps where the user brings a model. ``micro_batch_size``: sequences at once; None = a whole batch.
-    ``retrofit_temperature``: of the decisions while the target rises; None = as in ``dmc``. Softer decisions let the
-    gradient of more tokens say which heads can merge; ``consolidate`` then hardens them.
+    Attributes:
+        stages: by name, in their order; ``base`` trains the model itself, and has no steps where the user brings one.
+        dmc: settings of compression; each stage puts in its own name.
+        retrofit_temperature: of the decisions while the target rises; None = as in ``dmc``. Softer decisions let the
+            gradient of more tokens say which heads can merge; the stage after it then hardens them.
+        seq_length: tokens of a sequence.
+        micro_batch_size: sequences at once; None = a whole batch.
+        eval_sequences: sequences to measure on.
+        seed: of Megatron.
     """
 
-    base: Training = Training(640, 3e-3, 3e-4, "cosine", 50, batch_size=12)
-    zero_out: Training = Training(60, 1e-3, 1e-3)
-    retrofit: Training = Training(1600, 1e-3, 1e-3)
-    consolidate: Training = Training(1300, 1e-3, 1e-4, "cosine")
+    stages: Mapping[str, Training] = field(default_factory=_small_stages)
     dmc: DMCConfig = field(default_factory=lambda: DMCConfig(loss_weight=0.7))
     retrofit_temperature: float | None = 0.6
     seq_length: int = 256
@@ -67,16 +88,21 @@ class Recipe:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        for name in ("zero_out", "retrofit", "consolidate"):
+        for name in self.retrofit_stages:
             if self.stage(name).steps < 1:
                 raise ValueError(f"{name} of {self.stage(name).steps} steps: must be at least 1")
         for name in ("seq_length", "eval_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in STAGES:
+        for name in self.stages:
             batch, at_once = self.stage(name).batch_size, self.micro_batch(name)
             if batch < 1 or at_once < 1 or batch % at_once:
                 raise ValueError(f"micro_batch_size={at_once}: must divide the global batch of {batch} in {name}")
+
+    @property
+    def retrofit_stages(self) -> tuple[str, ...]:
+        """Names of the stages that have a control, in their order."""
+        return tuple(name for name in self.stages if name != BASE)
 
     def micro_batch(self, name: str) -> int:
         """Sequences of a stage that are computed at once."""
@@ -84,29 +110,34 @@ class Recipe:
 
     def with_batch_size(self, batch_size: int) -> Recipe:
         """The same recipe with ``batch_size`` sequences per step in every stage."""
-        stages: dict[str, Any] = {name: dataclasses.replace(self.stage(name), batch_size=batch_size) for name in STAGES}
-        return dataclasses.replace(self, **stages)
+        return self.with_stages(
+            {name: dataclasses.replace(stage, batch_size=batch_size) for name, stage in self.stages.items()}
+        )
+
+    def with_stages(self, changes: Mapping[str, Training]) -> Recipe:
+        """The same recipe with some stages trained in another way."""
+        return dataclasses.replace(self, stages={**self.stages, **changes})
 
     def stage(self, name: str) -> Training:
-        """The training of ``base``, ``zero_out``, ``retrofit`` or ``consolidate``."""
-        training: Training = getattr(self, name)
-        return training
+        """The training of a stage."""
+        return self.stages[name]
 
     def first_sample(self, name: str) -> int:
         """Position of a stage's first sequence in the one order of all data."""
-        return self._samples(STAGES[: STAGES.index(name)])
+        return self._samples(itertools.takewhile(lambda stage: stage != name, self.stages))
 
     @property
     def total_samples(self) -> int:
         """Sequences that all stages read; control and retrofit read the same ones."""
-        return self._samples(STAGES)
+        return self._samples(self.stages)
 
-    def _samples(self, stages: Sequence[str]) -> int:
+    def _samples(self, stages: Iterable[str]) -> int:
         return sum(self.stage(name).steps * self.stage(name).batch_size for name in stages)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, ready for JSON."""
-        return dataclasses.asdict(self)
+        settings = dataclasses.asdict(self)
+        return {**settings.pop("stages"), **settings}
 
 
 SMALL = Recipe()
@@ -115,10 +146,13 @@ SMALL = Recipe()
 def user_model_recipe() -> Recipe:
     """For a pretrained Llama: the published learning rates ([DMC] section 4), and no base training."""
     return Recipe(
-        base=Training(0, 0.0, 0.0),
-        zero_out=Training(50, 3e-5, 3e-5, batch_size=16),
-        retrofit=Training(300, 3e-5, 3e-5, batch_size=16),
-        consolidate=Training(150, 3e-5, 3e-6, "cosine", batch_size=16),
+        stages={
+            BASE: Training(0, 0.0, 0.0),
+            **{
+                stage.name: published(stage, steps, batch_size=16)
+                for stage, steps in ((ZERO_OUT, 50), (RETROFIT, 300), (CONSOLIDATE, 150))
+            },
+        },
         dmc=DMCConfig(),
         retrofit_temperature=None,
         micro_batch_size=1,
@@ -130,7 +164,7 @@ def flags(recipe: Recipe, name: str, *, control: bool = False) -> list[str]:
 
     Args:
         recipe: of the run.
-        name: ``base``, ``zero_out``, ``retrofit`` or ``consolidate``.
+        name: of the stage.
         control: train the stage without compression, everything else equal.
     """
     training = recipe.stage(name)
@@ -150,21 +184,21 @@ def flags(recipe: Recipe, name: str, *, control: bool = False) -> list[str]:
         "--dmc-total-samples": recipe.total_samples,
         "--dmc-first-sample": recipe.first_sample(name),
     }
-    for key, value in _dmc(recipe, name, plain=control or name == "base").to_dict().items():
-        if key != "schema_version" and value is not None:
-            settings["--dmc-" + key.replace("_", "-")] = value
-    return [str(part) for pair in settings.items() for part in pair]
+    return flag_list(settings | dmc_flags(_dmc(recipe, name, plain=control or name == BASE)))
 
 
 def _dmc(recipe: Recipe, name: str, *, plain: bool) -> DMCConfig:
-    settings = dataclasses.replace(recipe.dmc, stage="off" if plain else name)
-    if name != "retrofit" or recipe.retrofit_temperature is None:
+    settings = dataclasses.replace(recipe.dmc, stage=OFF.name if plain else name)
+    if recipe.retrofit_temperature is None or name == BASE or not find_stage(name).raises_target:
         return settings
     return dataclasses.replace(settings, temperature=recipe.retrofit_temperature)
 
 
-def shape_flags(config: ModelConfig) -> list[str]:
-    """Megatron's flags for a model that is trained from scratch."""
-    return [
-        part for flag, value in model_flags(config).items() for part in ([flag] if value is None else [flag, value])
-    ]
+def data_flags(data: Path, cache: Path) -> dict[str, Any]:
+    """Megatron's flags for a directory made by ``data prepare`` and for its index cache."""
+    return {
+        "--train-data-path": data / "train",
+        "--valid-data-path": data / "validation",
+        "--test-data-path": data / "test",
+        "--data-cache-path": cache,
+    }

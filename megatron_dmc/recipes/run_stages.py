@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dmc.runs.directory import METRICS_FILE
-from megatron_dmc.support.errors import EXIT_USER_ERROR, InfrastructureError
+from megatron_dmc.runs.layout import LOG_FILE
+from megatron_dmc.runs.metrics import steps_logged
+from megatron_dmc.support.errors import EXIT_UNFINISHED, EXIT_USER_ERROR, InfrastructureError
 from megatron_dmc.support.progress import progress
 
-LOG_FILE = "train.log"
 LINES_TO_SHOW = 12
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_LEAVE = 10
@@ -38,8 +38,7 @@ class StageRun:
     @property
     def steps_done(self) -> int:
         """Steps logged so far."""
-        metrics = self.directory / METRICS_FILE
-        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        return steps_logged(self.directory)
 
 
 def run_stages(stages: Sequence[StageRun]) -> None:
@@ -47,7 +46,7 @@ def run_stages(stages: Sequence[StageRun]) -> None:
 
     Raises:
         ValueError: a training refused its flags or input.
-        InfrastructureError: one ended in another way than finishing.
+        InfrastructureError: one was interrupted, or ended in another way than finishing.
     """
     name = " and ".join(stage.directory.name for stage in stages)
     done = sum(stage.steps_done for stage in stages)
@@ -101,4 +100,6 @@ def _fail(code: int, log: Path) -> None:
     last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_TO_SHOW:]
     if code == EXIT_USER_ERROR and last and last[-1].startswith("megatron-dmc: "):
         raise ValueError(last[-1].removeprefix("megatron-dmc: "))
+    if code == EXIT_UNFINISHED:
+        raise InfrastructureError(f"training in {log.parent} was interrupted: the same command continues")
     raise InfrastructureError(f"training ended with exit code {code}; the end of {log}:\n" + "\n".join(last))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.report.metrics import COMPRESSING_ORDER, Curve, StageMetrics, join, read_stages, smoothed
+from megatron_dmc.report.curve import Curve, join, smoothed
 from megatron_dmc.report.quality import quality
-from megatron_dmc.runs.directory import RUN_FILE
+from megatron_dmc.runs.layout import DATA_FOLDER, EVALUATION_FOLDER, GENERATION_FILE, RUN_FILE
+from megatron_dmc.runs.metrics import StageMetrics, read_stages
+from megatron_dmc.stages import retrofit_order
+from megatron_dmc.support.files import read_json
 from megatron_dmc.support.findings import Finding
 
-EVALUATION_FOLDER = "evaluation"
-GENERATION_FILE = "generation.json"
 MODELS = ("base", "control", "dmc")
 STEPS_OF_A_FINAL_VALUE = 20
 
@@ -46,8 +46,8 @@ class RunFacts:
 
     @property
     def retrofit(self) -> Curve:
-        """The compressing stages behind one another."""
-        return join([stage for stage in self.stages if stage.stage in COMPRESSING_ORDER])
+        """The stages of the retrofit behind one another."""
+        return join([stage for stage in self.stages if stage.stage in retrofit_order()])
 
     @property
     def control(self) -> Curve | None:
@@ -84,7 +84,7 @@ def collect(path: Path) -> RunFacts:
         stages=stages,
         evaluations={name: result for name, result in evaluations.items() if result},
         generation=_json(path / GENERATION_FILE),
-        data={name: found for name in ("train", "test") if (found := _json(path / "data" / f"{name}.json"))},
+        data={name: found for name in ("train", "test") if (found := _json(path / DATA_FOLDER / f"{name}.json"))},
     )
     if not facts.stages and not facts.evaluations:
         raise ValueError(f"{path} holds no metrics and no evaluation: give the output directory of a run or of a stage")
@@ -98,10 +98,5 @@ def final(stage: StageMetrics, key: str) -> float | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
+    """What was measured, not a number where a model has diverged; empty where there is no file."""
+    return read_json(path, finite=False) if path.is_file() else {}

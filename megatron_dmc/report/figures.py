@@ -17,7 +17,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_dmc.report.metrics import Curve, smoothed
+from megatron_dmc.report.curve import Curve, smoothed
 
 WIDTH_INCHES = 9.0
 DOTS_PER_INCH = 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from megatron_dmc.report.collect import RunFacts, final
-from megatron_dmc.report.metrics import Curve, smoothed
+from megatron_dmc.report.curve import Curve, smoothed
 
 MODEL_NAMES = {"base": "base", "control": "control, no compression", "dmc": "DMC"}
 

@@ -14,13 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.support.files import write_json
-
-RUN_FILE = "run.json"
-STEPS_FOLDER = "steps"
-LOCK_FILE = ".lock"
-METRICS_FILE = "metrics.jsonl"
-"""In the directory of a stage: one JSON line per training step."""
+from megatron_dmc.runs.layout import LOCK_FILE, RUN_FILE, STEPS_FOLDER
+from megatron_dmc.support.files import read_json, write_json
 
 
 class RunDirectory:
@@ -37,11 +32,7 @@ class RunDirectory:
         done = self.path / STEPS_FOLDER / f"{name}.json"
         if not done.is_file():
             write_json(done, work())
-        return json.loads(done.read_text(encoding="utf-8"))
-
-    def is_done(self, name: str) -> bool:
-        """Whether a step was finished."""
-        return (self.path / STEPS_FOLDER / f"{name}.json").is_file()
+        return read_json(done, finite=False)
 
 
 @contextlib.contextmanager
@@ -78,7 +69,7 @@ def configuration_hash(configuration: Mapping[str, Any]) -> str:
 
 
 def _check_same(path: Path, configuration: Mapping[str, Any]) -> None:
-    stored = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))["configuration"]
+    stored = read_json(path / RUN_FILE).get("configuration", {})
     if stored == configuration:
         return
     there, here = flattened(stored), flattened(configuration)

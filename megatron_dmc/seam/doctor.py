@@ -10,28 +10,18 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_dmc.support.files import free_space
 from megatron_dmc.support.findings import Finding
+from megatron_dmc.support.versions import EXTRAS, REQUIRED
 
-REQUIRED = {
-    "megatron-core": ("0.19.2", "0.21"),
-    "torch": ("2.10", None),
-    "numpy": (None, None),
-    "psutil": (None, None),
-    "rich": (None, None),
-    "safetensors": (None, None),
-    "sentencepiece": (None, None),
-    "tensorboard": (None, None),
+PURPOSES = {
+    "te": "fused layers and norms on a GPU",
+    "hf": "loading exported models in transformers, and `convert verify`",
+    "eval": "standard benchmarks",
+    "plot": "the pictures of `report` and `quickstart`",
+    "dev": "the tests",
 }
-"""Package -> lowest version, first version that is not supported."""
-
-EXTRAS = {
-    "te": ("transformer-engine", "fused layers and norms on a GPU"),
-    "hf": ("transformers", "loading exported models in transformers, and `convert verify`"),
-    "eval": ("lm-eval", "standard benchmarks"),
-    "plot": ("matplotlib", "the pictures of `report` and `quickstart`"),
-    "dev": ("pytest", "the tests"),
-}
-"""Extra -> the package that shows it is there, and what it is for."""
+"""Extra -> what it is for."""
 
 SECURITY_FLOORS = {
     "megatron-core": ("0.17.1", "CVE-2026-65110: a checkpoint runs code when it is loaded"),
@@ -82,30 +72,50 @@ def _older(version: str, floor: str) -> bool:
         return False
 
 
+def _allows(releases: str, version: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion
+
+    try:
+        return SpecifierSet(releases).contains(version, prereleases=True)
+    except InvalidVersion:
+        return True
+
+
 def _required(versions: Mapping[str, str]) -> list[Finding]:
     findings = []
-    for package, (lowest, first_unsupported) in REQUIRED.items():
-        bounds = (lowest and f">={lowest}", first_unsupported and f"<{first_unsupported}")
-        allowed = ",".join(bound for bound in bounds if bound)
-        remedy = f"pip install '{package}{allowed}'"
-        version = versions.get(package)
+    for package, releases in REQUIRED.items():
+        name, remedy = _plain(package), f"pip install '{package}{releases}'"
+        version = versions.get(name)
         if version is None:
-            findings.append(Finding(package, "failed", "not installed", remedy))
-        elif lowest and _older(version, lowest):
-            findings.append(Finding(package, "failed", f"{version}, needed {allowed}", remedy))
-        elif first_unsupported and not _older(version, first_unsupported):
-            findings.append(Finding(package, "warning", f"{version} is untested, tested {allowed}", remedy))
+            findings.append(Finding(name, "failed", "not installed", remedy))
+        elif not _allows(releases.partition(",")[0], version):
+            findings.append(Finding(name, "failed", f"{version}, needed {releases}", remedy))
+        elif not _allows(releases, version):
+            findings.append(Finding(name, "warning", f"{version} is untested, tested {releases}", remedy))
         else:
-            findings.append(Finding(package, "ok", version))
+            findings.append(Finding(name, "ok", version))
     return findings
 
 
 def _extras(versions: Mapping[str, str]) -> list[Finding]:
     findings = []
-    for extra, (package, purpose) in EXTRAS.items():
-        detail = versions.get(package) or f"not installed; only for {purpose}: pip install 'megatron_dmc[{extra}]'"
-        findings.append(Finding(f"extra [{extra}] {package}", "ok", detail))
+    for extra, packages in EXTRAS.items():
+        package, releases = next(iter(packages.items()))
+        name, install = f"extra [{extra}] {_plain(package)}", f"pip install 'megatron_dmc[{extra}]'"
+        version = versions.get(_plain(package))
+        if version is None:
+            findings.append(Finding(name, "ok", f"not installed; only for {PURPOSES[extra]}: {install}"))
+        elif not _allows(releases, version):
+            findings.append(Finding(name, "warning", f"{version}, needed {releases} for {PURPOSES[extra]}", install))
+        else:
+            findings.append(Finding(name, "ok", version))
     return findings
+
+
+def _plain(package: str) -> str:
+    """The name of a package without its extras."""
+    return package.partition("[")[0]
 
 
 def _security(versions: Mapping[str, str]) -> list[Finding]:
@@ -150,8 +160,8 @@ def _gpu(versions: Mapping[str, str]) -> Finding:
 
 
 def _machine(directory: Path) -> list[Finding]:
-    existing = next(path for path in (directory.resolve(), *directory.resolve().parents) if path.exists())
-    findings = [_size(f"disk at {existing}", shutil.disk_usage(existing).free, MIN_FREE_DISK, "free some space")]
+    existing, free = free_space(directory)
+    findings = [_size(f"disk at {existing}", free, MIN_FREE_DISK, "free some space")]
     shared = Path("/dev/shm")
     if shared.is_dir():
         remedy = "start the container with --shm-size=8g; data loaders and NCCL use it"

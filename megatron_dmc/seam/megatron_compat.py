@@ -13,8 +13,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
+
+from megatron_dmc.support.versions import REQUIRED
+
 TESTED_VERSIONS = ("0.19.2",)
-_APPLIED = "_megatron_dmc_applied"
 _ORIGINAL = "_megatron_dmc_original"
 
 
@@ -28,8 +31,9 @@ def check_version() -> str:
         import megatron.core
         import megatron.training
     except ImportError as error:
+        package = "megatron-core[training]"
         raise ImportError(
-            f"{error}; megatron_dmc needs the engine: pip install 'megatron-core[training]>=0.19.2,<0.21'"
+            f"{error}; megatron_dmc needs the engine: pip install '{package}{REQUIRED[package]}'"
         ) from error
     version = str(megatron.core.__version__)
     # Core adds the commit of the repository around its files, ours where .venv lies in it: 0.19.2+719bd7e.
@@ -77,13 +81,13 @@ def adapt_engine(*, cpu: bool) -> None:
         allow_initialization_without_cuda()
 
 
-def _replace(module: ModuleType, name: str, make: Callable[[Any], Any]) -> None:
+def _replace(holder: ModuleType | type, name: str, make: Callable[[Any], Any]) -> None:
     """Put ``make(original)`` in the original's place; a second call starts from the original again."""
-    current = getattr(module, name)
+    current = getattr(holder, name)
     original = getattr(current, _ORIGINAL, current)
     replacement = functools.wraps(original)(make(original))
     setattr(replacement, _ORIGINAL, original)
-    setattr(module, name, replacement)
+    setattr(holder, name, replacement)
 
 
 def skip_helper_compilation() -> None:
@@ -162,49 +166,51 @@ def keep_adam_steps() -> None:
     step, one tensor is shared by all parameters after loading, and the key is absent when parameters are set. Float32
     parameters are views of the model's leaves, which autograd lets nobody overwrite while it records.
     """
-    import torch
-
     _, optimizer_class = symbol("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer")
-    if getattr(optimizer_class, _APPLIED, False):
-        return
-    for name in ("sharded_state_dict", "load_state_dict", "_set_main_param_and_optimizer_states"):
+    repairs = {
+        "sharded_state_dict": _with_adam_state,
+        "load_state_dict": _with_own_steps,
+        "_set_main_param_and_optimizer_states": _with_step_key,
+    }
+    for name, repair in repairs.items():
         if not hasattr(optimizer_class, name):
             raise ImportError(f"megatron-core {check_version()} has no DistributedOptimizer.{name}")
-    sharded_state_dict = optimizer_class.sharded_state_dict
-    load_state_dict = optimizer_class.load_state_dict
-    set_states = optimizer_class._set_main_param_and_optimizer_states
+        _replace(optimizer_class, name, repair)
 
-    def uses_adamw(self: Any) -> bool:
-        return isinstance(self.optimizer, torch.optim.Adam)
 
-    @functools.wraps(sharded_state_dict)
-    def sharded_with_state(self: Any, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
-        if is_loading and uses_adamw(self):
+def _with_adam_state(sharded_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    def repaired(self: Any, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        if is_loading and _uses_adamw(self):
             _create_adam_state(self.optimizer)
         return sharded_state_dict(self, model_sharded_state_dict, is_loading, **kwargs)
 
-    @functools.wraps(load_state_dict)
-    def load_with_own_steps(self: Any, state_dict: Any) -> None:
+    return repaired
+
+
+def _with_own_steps(load_state_dict: Callable[..., None]) -> Callable[..., None]:
+    def repaired(self: Any, state_dict: Any) -> None:
         load_state_dict(self, state_dict)
-        if uses_adamw(self):
+        if _uses_adamw(self):
             _separate_adam_steps(self.optimizer)
 
-    @functools.wraps(set_states)
-    def set_with_step(self: Any, model_param: Any, tensors: Any, *args: Any, **kwargs: Any) -> None:
-        if uses_adamw(self):
+    return repaired
+
+
+def _with_step_key(set_states: Callable[..., None]) -> Callable[..., None]:
+    def repaired(self: Any, model_param: Any, tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if _uses_adamw(self):
             tensors = {**tensors, "step": tensors.get("step")}
         with torch.no_grad():
             set_states(self, model_param, tensors, *args, **kwargs)
 
-    optimizer_class.sharded_state_dict = sharded_with_state
-    optimizer_class.load_state_dict = load_with_own_steps
-    optimizer_class._set_main_param_and_optimizer_states = set_with_step
-    setattr(optimizer_class, _APPLIED, True)
+    return repaired
+
+
+def _uses_adamw(optimizer: Any) -> bool:
+    return isinstance(optimizer.optimizer, torch.optim.Adam)
 
 
 def _create_adam_state(optimizer: Any) -> None:
-    import torch
-
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
@@ -216,8 +222,6 @@ def _create_adam_state(optimizer: Any) -> None:
 
 
 def _separate_adam_steps(optimizer: Any) -> None:
-    import torch
-
     for group in optimizer.param_groups:
         step = group.get("step")
         if step is None:

@@ -1,1 +1,1 @@
-"""What every part may use: errors with exit codes, files that appear whole, progress, findings with their remedies."""
+"""What every part may use: errors with exit codes, files that appear whole, progress, findings, units, versions."""

@@ -8,6 +8,9 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 1
 EXIT_CHECK_FAILED = 2
 EXIT_INFRASTRUCTURE = 64
+EXIT_UNFINISHED = 75
+"""Training was interrupted and has saved its state: the same command continues. The number is ``EX_TEMPFAIL`` of
+sysexits.h. torchrun and srun may leave with another one: ``runs.completeness`` tells what happened."""
 
 
 class CheckFailed(Exception):

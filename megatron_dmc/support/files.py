@@ -1,4 +1,4 @@
-"""Files that are either absent, old or complete: written beside their place, synced, renamed."""
+"""Files that are either absent, old or complete: written beside their place, synced, renamed. Reading has bounds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 HASH_BLOCK_BYTES = 1 << 22
+JSON_BYTES_LIMIT = 1 << 26
+"""Far above the index of any model (a 70B Llama: 60 KB)."""
 
 # <fcntl.h> and <linux/fs.h>
 _AT_FDCWD = -100
@@ -55,6 +57,60 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by ``value`` as indented JSON in one step."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        ValueError: the file is missing, not a regular file, or larger.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing or not a regular file")
+    with open(path, "rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path} is larger than the {limit} bytes that are allowed for it")
+    return data
+
+
+def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, Any]:
+    """A JSON object without repeated names, and without infinities and NaN unless ``finite`` is false.
+
+    Raises:
+        ValueError: anything else; the message names ``what``.
+    """
+    constant = _refuse_constant if finite else None
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} holds a {type(value).__name__}: a JSON object is expected")
+    return value
+
+
+def read_json(path: Path, limit: int = JSON_BYTES_LIMIT, *, finite: bool = True) -> dict[str, Any]:
+    """The JSON object in a file of at most ``limit`` bytes; see :func:`parse_json`."""
+    return parse_json(read_bounded(path, limit), str(path), finite=finite)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice in one object")
+    return mapping
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def free_space(path: Path) -> tuple[Path, int]:
+    """The nearest folder at or above ``path`` that exists, and the free bytes of its disk."""
+    existing = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+    return existing, shutil.disk_usage(existing).free
 
 
 def sha256_file(path: Path) -> str:

@@ -7,31 +7,13 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+
+from megatron_dmc.support.units import amount, duration
 
 SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[[float], None]
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` as people say it: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def amount(value: float, unit: str) -> str:
-    """``value`` with its unit; bytes (unit ``B``) in decimal multiples."""
-    if unit != "B":
-        return f"{value:,.0f} {unit}".rstrip()
-    for multiple, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= multiple:
-            return f"{value / multiple:.1f} {name}"
-    return f"{value:.0f} B"
 
 
 def position(done: float, total: float | None, unit: str) -> str:
@@ -61,15 +43,6 @@ def progress(description: str, total: float | None, unit: str = "", *, done: flo
                 advance(step)
 
         yield advance_alone
-
-
-def track[Item](items: Sequence[Item] | Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Pass ``items`` on, with progress. ``total`` is needed where ``items`` has no length."""
-    length = total if total is not None else len(items) if isinstance(items, Sequence) else None
-    with progress(description, length) as advance:
-        for item in items:
-            yield item
-            advance(1)
 
 
 @contextlib.contextmanager

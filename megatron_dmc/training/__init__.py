@@ -1,5 +1,5 @@
 """Continued pretraining through Megatron's own ``pretrain()``.
 
-``schedule`` and ``losses`` are pure; ``arguments``, ``data_sets``, ``forward_step`` and ``metrics`` meet Megatron;
+``losses`` and ``ratio_watch`` are pure; ``arguments``, ``data_sets``, ``forward_step`` and ``metrics`` meet Megatron;
 ``pretrain`` puts them together and is the only caller of the engine.
 """

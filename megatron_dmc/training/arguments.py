@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_dmc.config import SCHEMA_VERSION, DMCConfig
+from megatron_dmc.stages import Stage
 from megatron_dmc.training.model_flags import add_model_arguments
 
 RUN_DEFAULTS: dict[str, str | None] = {
@@ -20,14 +22,6 @@ RUN_DEFAULTS: dict[str, str | None] = {
     "--log-interval": "10",
 }
 """Megatron flags of every run whose own defaults would sabotage a retrofit; None marks a switch."""
-
-STAGE_ARGUMENTS: dict[str, dict[str, str | None]] = {
-    "off": {},
-    "zero_out": {"--lr": "3e-5", "--lr-decay-style": "constant"},
-    "retrofit": {"--lr": "3e-5", "--lr-decay-style": "constant"},
-    "consolidate": {"--lr": "3e-5", "--min-lr": "3e-6", "--lr-decay-style": "cosine"},
-}
-"""The published learning-rate schedule of each stage ([DMC] section 4)."""
 
 HOST_FLAGS: dict[str, str | None] = {
     "--transformer-impl": "local",
@@ -73,19 +67,19 @@ REFUSED_FLAGS: dict[str, str] = {
 """Megatron flags that a compressing model cannot serve, and what to do instead. ``model.requirements`` refuses what
 can be seen in the model's configuration; these never reach it, or Megatron answers first and speaks of other things."""
 
-REFUSED_FLAGS_OFF: dict[str, str] = {
+REFUSED_FLAGS_PLAIN: dict[str, str] = {
     "--dataloader-inter-document-masking": "packed sequences need Transformer Engine's attention, which this release "
     "does not drive; train the control without it",
 }
-"""The same for ``--dmc-stage off``."""
+"""The same for a stage that trains Megatron's own model."""
 
 
-def refuse_flags(argv: list[str], stage: str) -> None:
+def refuse_flags(argv: list[str], stage: Stage) -> None:
     """Raise ``ValueError`` for a flag that the model of a stage cannot serve."""
     given = f" {' '.join(argv)} ".replace("=", " ")
-    for flag, remedy in (REFUSED_FLAGS_OFF if stage == "off" else REFUSED_FLAGS).items():
+    for flag, remedy in (REFUSED_FLAGS if stage.borrows_channel else REFUSED_FLAGS_PLAIN).items():
         if f" {flag} " in given:
-            raise ValueError(f"{flag}: not supported with --dmc-stage {stage}; {remedy}")
+            raise ValueError(f"{flag}: not supported with --dmc-stage {stage.name}; {remedy}")
 
 
 def add_dmc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -101,7 +95,7 @@ def add_dmc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
             "--dmc-" + field.name.replace("_", "-"),
             type=float if field.default is None else type(field.default),
             default=field.default,
-            choices=meta.get("choices"),
+            choices=meta["choices"],
             help=f"{meta['help']}{unit}; source: {meta['source']} (default: {field.default})".replace("%", "%%"),
         )
     group.add_argument(
@@ -114,7 +108,10 @@ def add_dmc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         type=int,
         help="position in that order [sequences] where this stage starts; default: where the loaded stage stopped",
     )
-    group.add_argument("--dmc-stop-file", help="save and leave after the step during which this file appears")
+    group.add_argument(
+        "--dmc-stop-file",
+        help="save and leave after the step during which this file appears; remove it before the run continues",
+    )
     add_model_arguments(group)
     parser.set_defaults(dmc_schema_version=SCHEMA_VERSION)
     return parser
@@ -125,14 +122,24 @@ def dmc_config_from_args(args: Any) -> DMCConfig:
     return DMCConfig(**{field.name: getattr(args, f"dmc_{field.name}") for field in dataclasses.fields(DMCConfig)})
 
 
-def with_defaults(argv: list[str], *defaults: dict[str, str | None]) -> list[str]:
+def dmc_flags(settings: DMCConfig) -> dict[str, Any]:
+    """The flags of all settings that have a value; the inverse of :func:`dmc_config_from_args`."""
+    return {
+        "--dmc-" + name.replace("_", "-"): value
+        for name, value in dataclasses.asdict(settings).items()
+        if value is not None
+    }
+
+
+def with_defaults(argv: list[str], *defaults: Mapping[str, str | None]) -> list[str]:
     """``argv`` with the flags of ``defaults`` that it does not name itself in front; a later table wins."""
     merged: dict[str, str | None] = {}
     for table in defaults:
         merged |= table
     given = {argument.split("=", 1)[0] for argument in argv if argument.startswith("--")}
-    front: list[str] = []
-    for flag, value in merged.items():
-        if flag not in given:
-            front += [flag] if value is None else [flag, value]
-    return front + argv
+    return flag_list({flag: value for flag, value in merged.items() if flag not in given}) + argv
+
+
+def flag_list(flags: Mapping[str, Any]) -> list[str]:
+    """Flags and their values as a command line has them; None marks a switch."""
+    return [str(part) for flag, value in flags.items() for part in ((flag,) if value is None else (flag, value))]

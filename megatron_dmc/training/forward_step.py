@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.rope import inverse_frequencies
+from megatron_dmc.stages import accumulate_fraction, find_stage
 from megatron_dmc.training.losses import compression_loss, language_model_loss
 from megatron_dmc.training.model.microbatch import Microbatch
-from megatron_dmc.training.schedule import accumulate_fraction, neuron_scale, target_cr
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
 
@@ -40,7 +40,7 @@ def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = Fa
     batch = _next_batch(data_iterator, vp_stage, model.training)
     tokens, labels, mask = batch["tokens"], batch["labels"], batch["loss_mask"]
     config = get_attr_wrapped_model(model, "config")
-    if config.dmc.stage == "off":
+    if not config.dmc.borrows_channel:
         output = model(tokens, batch["position_ids"], None, labels=labels, loss_mask=mask)
         return output, functools.partial(_loss, mask, None, config)
     microbatch = _microbatch(model, config, batch)
@@ -92,13 +92,14 @@ def _microbatch(model: Any, config: Any, batch: dict[str, Any]) -> Microbatch:
     args = get_args()
     settings = config.dmc
     step, steps = args.curr_iteration, args.train_iters
-    ratio = target_cr(settings.stage, step, steps, settings.target_cr)
+    stage = find_stage(settings.stage)
+    ratio = stage.target_cr(step, steps, settings.target_cr)
     return Microbatch(
         geometry=_geometry(model, config, batch),
         step=step,
         sequence_B=_sequence_ordinals(model) if model.training and settings.compresses else None,
         target_fraction=accumulate_fraction(ratio),
-        neuron_scale=neuron_scale(step, steps, settings.zero_out_fraction) if settings.stage == "zero_out" else 0.0,
+        neuron_scale=stage.neuron_scale(step, steps, settings.zero_out_fraction),
         gradient_scale=config.dmc_gradient_scale,
         observer=config.dmc_observer,
     )

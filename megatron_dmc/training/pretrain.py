@@ -6,20 +6,22 @@ import argparse
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.megatron import refuse_for_stock
+from megatron_dmc.runs.completeness import Outcome, Status, read_outcome, write_outcome
 from megatron_dmc.seam import host
 from megatron_dmc.seam.processes import complete_environment
+from megatron_dmc.stages import Stage, find_stage
 from megatron_dmc.support.errors import InfrastructureError
 from megatron_dmc.training.arguments import (
     EXTENSION_FREE_FLAGS,
     HOST_FLAGS,
     RUN_DEFAULTS,
-    STAGE_ARGUMENTS,
     add_dmc_arguments,
     dmc_config_from_args,
     refuse_flags,
@@ -41,13 +43,15 @@ class Run:
         argv: all flags for Megatron's parser.
         start: where the run starts.
         save: directory of its checkpoints, or None.
-        train_iters: length of the stage in steps, or None.
+        train_iters: length of the stage in steps; None where it is given in samples.
+        stop_at_cr: ratio that ends the stage early, where one may.
     """
 
     argv: list[str]
     start: Start
     save: str | None
     train_iters: int | None
+    stop_at_cr: float | None
 
 
 def prepare(argv: list[str]) -> Run:
@@ -63,20 +67,22 @@ def prepare(argv: list[str]) -> Run:
     """
     given = _read_own_flags(argv)
     settings = dmc_config_from_args(given)
-    refuse_flags(argv, settings.stage)
+    stage = find_stage(settings.stage)
+    refuse_flags(argv, stage)
     start = find_start(settings, given.save, given.pretrained_checkpoint)
     _check_tokens(given, start.config)
-    argv = _complete(argv, given, start)
+    argv = _complete(argv, given, start, stage)
     complete_environment()
     if host.needs_cpu():
         host.use_cpu()
     from megatron_dmc.seam import megatron_compat
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
-    return Run(argv, start, given.save, int(given.train_iters) if given.train_iters else None)
+    train_iters = int(given.train_iters) if given.train_iters else None
+    return Run(argv, start, given.save, train_iters, settings.stop_at_cr if stage.raises_target else None)
 
 
-def train(argv: list[str], observer: Observer | None = None) -> int:
+def train(argv: list[str], observer: Observer | None = None) -> Outcome:
     """Run or continue one stage in this process, one rank of a distributed job or all of it.
 
     Args:
@@ -84,17 +90,39 @@ def train(argv: list[str], observer: Observer | None = None) -> int:
         observer: told of every layer's decisions.
 
     Returns:
-        the iteration of the newest checkpoint in ``--save``; without ``--save`` the last iteration.
+        how the stage ended, on every rank alike; with ``--save`` it is recorded there.
 
     Raises:
         ValueError: a flag, a base checkpoint, a data set or a model that cannot be trained.
-        InfrastructureError: Megatron left before the stage was done.
+        InfrastructureError: Megatron left without saving what it had done.
     """
     run = prepare(argv)
-    done = saved_iteration(run.save)
-    if done is not None and run.train_iters is not None and done >= run.train_iters:
-        return done
-    return _check_finished(run, _run_engine(run, observer))
+    saved = saved_iteration(run.save)
+    outcome = None if saved is None else _finished_before(run, saved)
+    if outcome is None:
+        outcome = _run_engine(run, saved or 0, observer)
+    _record(run, outcome)
+    return outcome
+
+
+def _finished_before(run: Run, saved: int) -> Outcome | None:
+    """The outcome of an earlier run that leaves this one nothing to do."""
+    if run.train_iters is not None and saved >= run.train_iters:
+        return Outcome(saved, run.train_iters, Status.COMPLETE)
+    recorded = read_outcome(str(run.save))
+    if recorded is None or recorded.iteration != saved or recorded.stop_at_cr is None or run.stop_at_cr is None:
+        return None
+    return recorded if recorded.stop_at_cr >= run.stop_at_cr else None
+
+
+def _record(run: Run, outcome: Outcome) -> None:
+    """Write the outcome, once for all ranks. None leaves before it is written: a launcher may then end the others."""
+    import torch
+
+    if run.save is not None and int(os.environ["RANK"]) == 0:
+        write_outcome(run.save, outcome)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _read_own_flags(argv: list[str]) -> argparse.Namespace:
@@ -131,11 +159,13 @@ def _check_tokens(given: argparse.Namespace, config: ModelConfig | None) -> None
             )
 
 
-def _complete(argv: list[str], given: argparse.Namespace, start: Start) -> list[str]:
+def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: Stage) -> list[str]:
     """``argv`` with what the model, this machine and the start of the run require; prints what it added."""
-    tables = [fixed_flags(), RUN_DEFAULTS, STAGE_ARGUMENTS[given.dmc_stage]]
+    tables: list[Mapping[str, str | None]] = [fixed_flags(), RUN_DEFAULTS]
+    if stage.learning_rate is not None:
+        tables.append(stage.learning_rate.flags())
     if start.config is not None:
-        if given.dmc_stage == "off":
+        if not stage.borrows_channel:
             refuse_for_stock(start.config)
         check_flags(argv, start.config)
         tables.append(model_flags(start.config))
@@ -183,21 +213,20 @@ def configure(run: Run) -> tuple[Any, DMCModelConfig]:
         raise ValueError(f"Megatron refuses these flags: {refusal}") from refusal
 
 
-def _run_engine(run: Run, observer: Observer | None) -> int:
+def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:
     from megatron.core.enums import ModelType
-    from megatron.training import get_args, pretrain
+    from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_dmc.seam import megatron_compat
     from megatron_dmc.training.data_sets import build_data_sets
     from megatron_dmc.training.forward_step import forward_step
-    from megatron_dmc.training.metrics import StepRecorder, stop_decision
+    from megatron_dmc.training.metrics import watch_steps
 
     args, model_config = configure(run)
     model_config.transformer.dmc_observer = observer
-    recorder = StepRecorder(args.save)
-    megatron_compat.after_each_step(recorder)
-    megatron_compat.stop_when(stop_decision(recorder))
+    recorder, decision = watch_steps(args)
+    # What holds if this process is killed.
+    _record(run, Outcome(saved, args.train_iters or 0, Status.RUNNING))
     try:
         pretrain(
             cfg_container=pretrain_cfg_container_from_args(args, model_config),
@@ -209,18 +238,28 @@ def _run_engine(run: Run, observer: Observer | None) -> int:
         # Megatron leaves with status 0 also when loading fails; 16 and 17 are its rerun machine's.
         if left.code not in (0, None):
             raise
-    return int(get_args().curr_iteration) + 1
+    iteration = _check_saved(run.save, recorder.iteration)
+    if iteration >= args.train_iters:
+        return Outcome(iteration, args.train_iters, Status.COMPLETE)
+    if decision.ratio_reached:
+        return Outcome(iteration, args.train_iters, Status.RATIO_REACHED, run.stop_at_cr)
+    return Outcome(iteration, args.train_iters, Status.INTERRUPTED)
 
 
-def _check_finished(run: Run, iteration: int) -> int:
-    """Judge by the files written, never by Megatron's exit status."""
-    if run.save is None:
-        return iteration
-    saved = saved_iteration(run.save)
+def _check_saved(save: str | None, iteration: int | None) -> int:
+    """The iteration reached, judged by the files written and never by Megatron's exit status.
+
+    Args:
+        save: directory of the checkpoints, or None.
+        iteration: last one done by this process; None where it did none.
+    """
+    if save is None:
+        return iteration or 0
+    saved = saved_iteration(save)
     if saved is None:
-        raise InfrastructureError(f"Megatron left without a checkpoint in {run.save}; its last lines say why")
-    if not Path(run.save, f"iter_{saved:07d}").is_dir():
-        raise InfrastructureError(f"{run.save} names iteration {saved}, whose files are missing")
-    if saved < iteration:
-        raise InfrastructureError(f"Megatron left at iteration {iteration}, {run.save} holds only {saved}")
+        raise InfrastructureError(f"Megatron left without a checkpoint in {save}; its last lines say why")
+    if not Path(save, f"iter_{saved:07d}").is_dir():
+        raise InfrastructureError(f"{save} names iteration {saved}, whose files are missing")
+    if iteration is not None and saved < iteration:
+        raise InfrastructureError(f"Megatron left at iteration {iteration}, {save} holds only {saved}")
     return saved

@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
-from megatron_dmc.stages import check_start, clears_borrowed_rows
+from megatron_dmc.runs.completeness import outcome_of
+from megatron_dmc.stages import OFF, find_stage
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # What may differ between the start of a stage and its continuation.
@@ -62,23 +63,36 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
     if saved_iteration(save) is not None:
         return _resume(settings, str(save))
     if base is None:
-        if settings.stage != "off":
+        if settings.borrows_channel:
             raise ValueError(
                 f"--dmc-stage {settings.stage} needs trained weights: give --pretrained-checkpoint DIR, a checkpoint "
                 "made by `megatron-dmc convert import` or by the previous stage"
             )
         return Start(config=None, resumes=False)
-    if saved_iteration(base) is None:
+    saved = saved_iteration(base)
+    if saved is None:
         raise ValueError(
             f"--pretrained-checkpoint {base}: no {TRACKER} there; give a directory written by "
             "`megatron-dmc convert import` or by a training stage"
         )
     stored = _read(base)
-    base_stage = stored.dmc.stage if stored.dmc else "off"
-    check_start(settings.stage, base_stage, base)
-    consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage != "off" else 0
-    clears_rows = clears_borrowed_rows(settings.stage, base_stage)
-    return Start(stored.config, resumes=False, clears_rows=clears_rows, first_sample=consumed)
+    base_stage = find_stage(stored.dmc.stage) if stored.dmc else OFF
+    stage = find_stage(settings.stage)
+    stage.check_base(base_stage, base)
+    if stored.dmc is not None:
+        _check_finished(base, base_stage.name, saved, stored.args.get("train_iters"))
+    consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage is not OFF else 0
+    return Start(stored.config, resumes=False, clears_rows=stage.clears_rows(base_stage), first_sample=consumed)
+
+
+def _check_finished(base: str, stage: str, iteration: int, train_iters: int | None) -> None:
+    """Refuse a stage that was interrupted. Iteration 0 is a release: converted, not trained."""
+    outcome = outcome_of(base, iteration, train_iters)
+    if iteration and not outcome.finished:
+        raise ValueError(
+            f"--pretrained-checkpoint {base}: stage {stage} {outcome}; give its own command again to finish it, or "
+            f"with --train-iters {iteration} to end it there"
+        )
 
 
 def _read(directory: str) -> Any:
@@ -92,7 +106,7 @@ def _read(directory: str) -> Any:
 
 def _resume(settings: DMCConfig, save: str) -> Start:
     stored = _read(save)
-    saved = stored.dmc or DMCConfig(stage="off")
+    saved = stored.dmc or DMCConfig(stage=OFF.name)
     different = [
         f"dmc_{field.name}: {getattr(saved, field.name)!r} there, {getattr(settings, field.name)!r} here"
         for field in dataclasses.fields(DMCConfig)

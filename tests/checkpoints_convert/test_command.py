@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_dmc.cli import main
-from megatron_dmc.cli.convert import _byte_count
 from megatron_dmc.config import DMCConfig
 from tests.checkpoints_convert.models import TINY, write_model
 
@@ -120,13 +119,3 @@ def test_inspect_tells_the_settings_of_dmc(tmp_path, capsys):
     write_model(tmp_path / "hf", TINY, DMCConfig(stage="consolidate", window_size=12))
     assert _run("inspect", tmp_path / "hf") == 0
     assert "stage=consolidate" in capsys.readouterr().out
-
-
-def test_numbers_of_bytes():
-    assert [_byte_count(text) for text in ("1000", "2k", "1.5G", "6GiB", "500MB")] == [
-        1000,
-        2000,
-        1_500_000_000,
-        6 << 30,
-        500_000_000,
-    ]

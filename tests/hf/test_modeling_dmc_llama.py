@@ -246,7 +246,7 @@ def test_settings_of_another_release_are_refused():
         ("sys.modules['transformers'] = None", "megatron_dmc.hf needs transformers"),
         (
             "import transformers; transformers.__version__ = '5.3.0'",
-            "transformers 5.3.0 is too old for megatron_dmc.hf",
+            "transformers 5.3.0 is no release >=5.17: pip install 'megatron_dmc[hf]'",
         ),
     ],
     ids=["missing", "old"],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dmc.data.indexed import IndexedWriter
-from megatron_dmc.stages import PREDECESSORS
+from megatron_dmc.stages import find_stage
 from tests.layouts import probe
 from tests.layouts.ranks import run_ranks
 from tests.layouts.whole_run import WholeRun, assemble
@@ -76,7 +76,7 @@ class Variant:
     @property
     def base_stage(self) -> str:
         """Stage of the checkpoint that the run starts from."""
-        return PREDECESSORS[self.stage][0]
+        return find_stage(self.stage).follows[0]
 
 
 class Laboratory:

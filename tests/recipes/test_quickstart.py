@@ -39,6 +39,14 @@ def test_both_paths_agree_on_the_trained_model(run):
     assert statuses["whole sequences and decoding through the cache agree"] == "ok"
 
 
+def test_a_run_that_reaches_its_ratio_is_good(tmp_path, capsys):
+    """Two minutes: the shortest stages whose ratio (1.21) lies in the middle of what the verdict allows."""
+    steps = ["--base-steps", "8", "--zero-out-steps", "4", "--retrofit-steps", "90", "--consolidate-steps", "120"]
+    sizes = ["--seq-length", "128", "--eval-sequences", "16", "--target-cr", "1.2"]
+    assert main(["quickstart", "--output", str(tmp_path / "run"), *steps, *sizes]) == 0, capsys.readouterr().out
+    assert {finding["status"] for finding in report(tmp_path / "run")["quality"]} == {"ok"}
+
+
 def test_control_and_retrofit_read_the_same_sequences(run):
     for stage in ("zero_out", "retrofit", "consolidate"):
         lines = [

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.recipes.recipe import SMALL, STAGES, Recipe, Training, flags, user_model_recipe
+from megatron_dmc.recipes.recipe import SMALL, Recipe, Training, flags, user_model_recipe
+
+STAGES = list(SMALL.stages)
 
 
 def parsed(arguments):
@@ -50,7 +52,7 @@ def test_decisions_are_softer_only_while_the_target_rises():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"retrofit": Training(0, 1e-4, 1e-4)}, "retrofit of 0 steps"),
+        ({"stages": {**SMALL.stages, "retrofit": Training(0, 1e-4, 1e-4)}}, "retrofit of 0 steps"),
         ({"seq_length": 0}, "seq_length=0"),
         ({"micro_batch_size": 3}, "micro_batch_size=3: must divide the global batch of 2 in zero_out"),
     ],
@@ -64,7 +66,7 @@ def test_a_users_model_gets_the_published_rates_and_no_base_training():
     recipe = user_model_recipe()
     assert recipe.first_sample("zero_out") == 0
     assert {recipe.stage(stage).learning_rate for stage in STAGES[1:]} == {3e-5}
-    assert recipe.consolidate.min_learning_rate == 3e-6
+    assert recipe.stage("consolidate").min_learning_rate == 3e-6
 
 
 def test_one_batch_size_for_every_stage():
@@ -74,7 +76,7 @@ def test_one_batch_size_for_every_stage():
 
 
 def test_other_lengths_keep_the_rest():
-    short = SMALL.base.of_length(4)
-    assert (short.steps, short.learning_rate) == (4, SMALL.base.learning_rate)
+    short = SMALL.stage("base").of_length(4)
+    assert (short.steps, short.learning_rate) == (4, SMALL.stage("base").learning_rate)
     assert short.warmup_steps <= 2
     assert Recipe() == SMALL

@@ -16,6 +16,7 @@ TRAINER = """#!/bin/bash
 directory="${@: -1}"
 case "$*" in
   *refuse*) echo "megatron-dmc: the flag is wrong" ; exit 1 ;;
+  *unfinished*) exit 75 ;;
   *die*) echo "out of memory" ; kill -9 $$ ;;
   *hang*) echo $$ > "$directory/pid" ; exec sleep 60 ;;
 esac
@@ -55,6 +56,11 @@ def test_a_stage_alone_has_all_cores(tmp_path):
 def test_a_users_mistake_stays_one(tmp_path):
     with pytest.raises(ValueError, match="^the flag is wrong$"):
         run_stages([stage(tmp_path, "base", "refuse")])
+
+
+def test_an_interrupted_stage_is_not_taken_for_a_finished_one(tmp_path):
+    with pytest.raises(InfrastructureError, match="base was interrupted: the same command continues"):
+        run_stages([stage(tmp_path, "base", "unfinished")])
 
 
 def test_a_killed_process_is_told_with_the_end_of_its_log(tmp_path):

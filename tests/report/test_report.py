@@ -6,9 +6,10 @@ import pytest
 
 from megatron_dmc.cli import main
 from megatron_dmc.report.collect import collect
-from megatron_dmc.report.metrics import join, read_stages, smoothed
+from megatron_dmc.report.curve import join, smoothed
 from megatron_dmc.report.quality import quality
 from megatron_dmc.report.words import cache_title, heat_map_title, table, training_findings
+from megatron_dmc.runs.metrics import read_stages
 
 
 def line(step, stage, first_sample=0, **values):

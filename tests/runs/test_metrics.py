@@ -2,8 +2,8 @@
 
 import json
 
-from megatron_dmc.runs.directory import METRICS_FILE
-from megatron_dmc.runs.metrics import MetricsFile
+from megatron_dmc.runs.layout import METRICS_FILE
+from megatron_dmc.runs.metrics import MetricsFile, steps_logged
 
 
 def steps(directory):
@@ -15,6 +15,8 @@ def test_steps_follow_each_other(tmp_path):
     for step in (1, 2, 3):
         metrics.add({"step": step, "lm_loss": 1.0})
     assert steps(tmp_path / "stage") == [1, 2, 3]
+    assert steps_logged(tmp_path / "stage") == 3
+    assert steps_logged(tmp_path) == 0
 
 
 def test_a_continued_run_replaces_the_steps_it_repeats(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dmc.support import files
+from megatron_dmc.support.files import free_space, read_json
 
 WRITER = """
 import sys, time
@@ -96,3 +97,25 @@ def test_sigkill_at_any_moment_leaves_one_whole_directory(tmp_path):
     with files.new_directory(destination, overwrite=True) as partial:
         (partial / "x").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_free_space_is_that_of_the_nearest_folder(tmp_path):
+    folder, free = free_space(tmp_path / "not" / "there")
+    assert (folder, free > 0) == (tmp_path, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", "holds a list"), ('{"a": 1, "a": 2}', "'a' appears twice"), ('{"a": NaN}', "NaN is not a JSON number")],
+)
+def test_json_is_read_with_care(tmp_path, text, message):
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_json(tmp_path / "file.json")
+    with pytest.raises(ValueError, match="larger than the 2 bytes"):
+        read_json(tmp_path / "file.json", 2)
+
+
+def test_a_measured_value_may_be_no_number(tmp_path):
+    (tmp_path / "file.json").write_text('{"perplexity": Infinity}')
+    assert read_json(tmp_path / "file.json", finite=False) == {"perplexity": float("inf")}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dmc.training.ratio_watch import RatioWatch
+from megatron_dmc.training.ratio_watch import RatioWatch, RunningRatio
 
 
 def messages(measured: float, target: float, steps: int = 10, window: int = 5) -> list[str]:
@@ -27,7 +27,18 @@ def test_an_overshoot_names_what_to_lower():
 
 
 def test_ratio_is_tokens_over_entries_not_the_mean_of_ratios():
-    watch = RatioWatch(2)
-    watch.observe(2.0, 4.0)
-    watch.observe(4.0, 4.0)
-    assert watch.ratio() == pytest.approx(2 / (1 / 2 + 1 / 4))
+    running = RunningRatio(2)
+    running.observe(2.0)
+    running.observe(4.0)
+    assert running.ratio == pytest.approx(2 / (1 / 2 + 1 / 4))
+
+
+def test_a_ratio_is_reached_by_a_whole_window():
+    running = RunningRatio(2)
+    assert not running.reached(1.0)
+    running.observe(4.0)
+    assert not running.reached(2.0)
+    running.observe(4.0)
+    assert running.reached(4.0)
+    running.observe(1.0)
+    assert not running.reached(2.0)

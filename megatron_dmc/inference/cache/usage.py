@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_dmc.inference.cache.paged_kv_cache import PagedKVCache
+from megatron_dmc.support.units import binary_bytes
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class CacheUsage:
         """One line for people."""
         bytes_ratio = self.uncompressed_bytes / max(self.bytes_held, 1)
         return (
-            f"cache: {self.num_entries:,} entries, {_bytes(self.bytes_held)} for {self.num_tokens:,} tokens; "
-            f"uncompressed: {self.uncompressed_entries:,} entries, {_bytes(self.uncompressed_bytes)} "
+            f"cache: {self.num_entries:,} entries, {binary_bytes(self.bytes_held)} for {self.num_tokens:,} tokens; "
+            f"uncompressed: {self.uncompressed_entries:,} entries, {binary_bytes(self.uncompressed_bytes)} "
             f"(compression ratio {self.compression_ratio:.2f}, {bytes_ratio:.2f} in bytes)"
         )
 
@@ -121,13 +122,6 @@ class CacheUsage:
                 "bytes": [[n * self.block_bytes + self.state_bytes for n in row] for row in self.blocks],
             },
         }
-
-
-def _bytes(count: int) -> str:
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} B"
 
 
 def _table(counts_LG: Tensor) -> tuple[tuple[int, ...], ...]:
