@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,8 +42,8 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
 
 
 def read_json(path: Path, limit: int = JSON_BYTES_LIMIT) -> dict[str, Any]:
-    """The JSON object in a file; see :func:`parse_json`."""
-    return parse_json(read_bounded(path, limit), str(path))
+    """The JSON object in a file, which may begin with a byte order mark; see :func:`parse_json`."""
+    return parse_json(read_bounded(path, limit).removeprefix(codecs.BOM_UTF8), str(path))
 
 
 def confined(directory: Path, name: object) -> Path:
