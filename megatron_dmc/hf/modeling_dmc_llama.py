@@ -38,7 +38,14 @@ class DMCLlamaAttention(LlamaAttention):
         return self.o_proj(output_SBND.flatten(2)).transpose(0, 1), None
 
 
-class DMCLlamaModel(LlamaModel):
+class OwnAttention:
+    """Whatever ``attn_implementation`` asks for, attention is the model's own: nothing is refused."""
+
+    def _check_and_adjust_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
+        return "eager"
+
+
+class DMCLlamaModel(OwnAttention, LlamaModel):
     """The decoder without its output layer."""
 
     config_class = DMCLlamaConfig
@@ -142,7 +149,7 @@ class DMCLlamaModel(LlamaModel):
         return AttentionSettings(self.shape, self.settings, device)
 
 
-class DMCLlamaForCausalLM(LlamaForCausalLM):
+class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
     """The decoder with its output layer: forward passes, loss and ``generate`` (greedy or sampled)."""
 
     config_class = DMCLlamaConfig
