@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +41,7 @@ class ForwardJob:
         layers: number of layers to walk; without all of them there are no logits.
         clears_borrowed: zero the rows of the channels that DMC borrows, as an export to plain Llama does.
         vocab_size: real rows of the vocabulary.
+        ignored_settings: as :class:`checkpoints_convert.options.Options` has them.
         output: safetensors file for the results.
     """
 
@@ -50,6 +51,7 @@ class ForwardJob:
     clears_borrowed: bool
     vocab_size: int
     output: str = ""
+    ignored_settings: Sequence[str] = ()
 
 
 class LayerwiseModel(Protocol):
@@ -116,7 +118,7 @@ def _open(job: ForwardJob) -> LayerwiseModel:
             from checkpoints_convert.forward_transformers import TransformersModel
         except ImportError as error:
             raise SystemExit(f"transformers is needed for the logits of a Hugging Face model ({error})") from error
-        return TransformersModel(path, job.clears_borrowed)
+        return TransformersModel(path, job.clears_borrowed, job.ignored_settings)
     try:
         host.use_cpu()
         from checkpoints_convert.forward_megatron import MegatronModel

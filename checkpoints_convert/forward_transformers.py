@@ -7,6 +7,7 @@ compared with.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers import models as architectures
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.models.borrowed_channel import without_borrowed_channels
 from megatron_dmc.models.families import family_of
+from megatron_dmc.models.hugging_face_settings import HARMLESS_SETTINGS
 from megatron_dmc.models.tensors import by_hf_name, hf_name
 
 # About the file rather than the model, or not of a plain model.
@@ -26,26 +28,22 @@ _NOT_MODEL_SETTINGS = frozenset({"model_type", "architectures", "dmc", "sliding_
 class TransformersModel:
     """See :class:`checkpoints_convert.forward.LayerwiseModel`."""
 
-    def __init__(self, directory: Path, clears_borrowed: bool) -> None:
-        self._files = HuggingFaceDirectory(directory)
+    def __init__(self, directory: Path, clears_borrowed: bool, ignored_settings: Sequence[str] = ()) -> None:
+        self._files = HuggingFaceDirectory(directory, ignored_settings)
         self._clears_borrowed = clears_borrowed
         prefix = family_of(self._files.config.family).architecture.removesuffix("ForCausalLM")
         module = importlib.import_module(f"{architectures.__name__}.{prefix.lower()}.modeling_{prefix.lower()}")
         self._layer, self._norm = getattr(module, prefix + "DecoderLayer"), getattr(module, prefix + "RMSNorm")
-        settings = {name: value for name, value in self._files.config_json.items() if name not in _NOT_MODEL_SETTINGS}
+        others = _NOT_MODEL_SETTINGS.union(HARMLESS_SETTINGS, ignored_settings)
+        settings = {name: value for name, value in self._files.config_json.items() if name not in others}
         self._config = getattr(module, prefix + "Config").from_dict(settings, attn_implementation="eager")
         self._rotary = getattr(module, prefix + "RotaryEmbedding")(self._config)
         self.num_layers = self._config.num_hidden_layers
 
     def embed(self, tokens: Tensor) -> Tensor:
         name = hf_name(self._files.config, "embedding")
-        with safe_open(self._files.tensors[name].path, framework="pt") as stream:
-            rows = stream.get_slice(name)
-            return (
-                torch.stack([rows[row : row + 1][0] for row in tokens.flatten().tolist()])
-                .view(*tokens.shape, -1)
-                .float()
-            )
+        rows = [self._read(name, row, row + 1) for row in tokens.flatten().tolist()]
+        return torch.cat(rows).view(*tokens.shape, -1).float()
 
     def layer(self, index: int, hidden: Tensor) -> Tensor:
         with torch.device("meta"):
@@ -75,6 +73,10 @@ class TransformersModel:
         tied = self._config.tie_word_embeddings
         return self._read(hf_name(self._files.config, "embedding" if tied else "output"))
 
-    def _read(self, name: str) -> Tensor:
-        with safe_open(self._files.tensors[name].path, framework="pt") as stream:
-            return stream.get_tensor(name)
+    def _read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor. Of a pickled file by our reader: the library's would unpickle it."""
+        tensor = self._files.tensors[name]
+        if self._files.pickled:
+            return tensor.stored.rows(first, last or tensor.stored.shape[0]).read().to(tensor.dtype)
+        with safe_open(tensor.stored.path, framework="pt") as stream:
+            return stream.get_slice(tensor.name)[first:last].to(tensor.dtype)

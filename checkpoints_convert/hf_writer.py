@@ -18,11 +18,11 @@ from checkpoints_convert.options import Options
 from checkpoints_convert.sizes import entry_bytes, weight_bytes
 from checkpoints_convert.streams import WRITER_THREADS, HashedFile
 from megatron_dmc.checkpoint import companions
-from megatron_dmc.checkpoint.hf_directory import INDEX_NAME, SINGLE_NAME
 from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_dmc.checkpoint.source import Source
 from megatron_dmc.checkpoint.torch_file import tensor_memory
+from megatron_dmc.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape
 from megatron_dmc.models.hugging_face import to_hf_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ class Inspection:
         return told + [f"PROBLEM: {problem}" for problem in self.problems]
 
 
-def inspect_checkpoint(path: Path | str, *, hashes: bool = True) -> Inspection:
+def inspect_checkpoint(path: Path | str, *, hashes: bool = True, ignored_settings: Sequence[str] = ()) -> Inspection:
     """Describe the checkpoint at ``path`` without executing anything in it.
 
     Args:
         hashes: compare every file with the SHA-256 in its manifest (reads all of them).
+        ignored_settings: unknown settings of a ``config.json`` that change nothing.
 
     Raises:
         ValueError: there is no checkpoint.
@@ -48,7 +49,7 @@ def inspect_checkpoint(path: Path | str, *, hashes: bool = True) -> Inspection:
         "size": sum(file.stat().st_size for file in files),
     }
     problems: list[str] = []
-    _collect(problems, lambda: facts.update(_model_facts(location)))
+    _collect(problems, lambda: facts.update(_model_facts(location, ignored_settings)))
     _collect(problems, lambda: facts.update({"pickles scanned": check_checkpoint(location.directory)}))
     _collect(problems, lambda: problems.extend(manifest_problems(location.directory, hashes=hashes)))
     _collect(problems, lambda: facts.update({"manifest": _manifest_fact(location.directory, hashes)}))
@@ -62,10 +63,11 @@ def _collect(problems: list[str], look: Callable[[], None]) -> None:
         problems.append(str(error))
 
 
-def _model_facts(location: Location) -> dict[str, Any]:
+def _model_facts(location: Location, ignored_settings: Sequence[str]) -> dict[str, Any]:
     if location.format == HUGGING_FACE:
-        directory = HuggingFaceDirectory(location.directory)
+        directory = HuggingFaceDirectory(location.directory, ignored_settings)
         facts: dict[str, Any] = {"model_type": directory.config_json["model_type"], "tensors": len(directory.tensors)}
+        facts |= {"notes": directory.notes} if directory.notes else {}
         return facts | {"model": dataclasses.asdict(directory.config), "dmc": _dmc(directory.dmc)}
     facts = {"iteration": location.iteration}
     if location.format == LEGACY:
@@ -98,4 +100,6 @@ def _manifest_fact(directory: Path, hashes: bool) -> str:
 def _told(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={entry}" for name, entry in value.items() if entry is not None)
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
     return f"{value} bytes ({amount(value, 'B')})" if isinstance(value, int) and value > 1 << 20 else str(value)

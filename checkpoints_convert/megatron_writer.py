@@ -115,7 +115,8 @@ def write_megatron(
                 cut = LegacyCut(layout.tensor_size, layout.chunks(shape.config.num_layers), layout.transformer_impl)
                 write_legacy(weights, shape, arguments, read, cut, advance)
         companions.keep_companions(source.companions, weights / companions.FOLDER, to_hf_config(source.config))
-        write_manifest(weights, hashes)
+        facts = {"ignored_settings": list(source.ignored_settings)} if source.ignored_settings else {}
+        write_manifest(weights, hashes, **facts)
         write_text(partial / TRACKER, RELEASE)
         if check is not None and options.verify:
             check(partial)

@@ -33,7 +33,7 @@ def merge_kv_heads(
         ValueError: ``num_kv_heads`` does not divide the heads of the model, or the model has DMC's channels.
         CheckFailed: what was written is not what was computed.
     """
-    model = open_source(source)
+    model = open_source(source, options.ignored_settings)
     if isinstance(model, MegatronSource):
         state_vocabulary(model, None)
     merged = MergedHeads(model, num_kv_heads)

@@ -25,7 +25,7 @@ class CardFacts:
 
 def model_card(name: str, config: ModelConfig, dmc: DMCConfig | None, facts: CardFacts) -> str:
     """Text of the card, in Markdown with the front matter that model hubs read."""
-    tags = ["llama", "megatron"] + (["dynamic-memory-compression", "kv-cache-compression"] if dmc else [])
+    tags = [config.family, "megatron"] + (["dynamic-memory-compression", "kv-cache-compression"] if dmc else [])
     front = "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags), "---"])
     paragraphs = _plain(facts) if dmc is None else _compressed(dmc, facts)
     return "\n\n".join([front, f"# {name}", _shape(config), *paragraphs]) + "\n"

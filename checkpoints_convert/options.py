@@ -19,11 +19,13 @@ class Options:
         overwrite: replace the destination if it exists.
         verify: compare the result with the source, tensors and logits, before it takes its place.
         max_memory: bytes of memory that conversion and comparison may take.
+        ignored_settings: unknown settings of a source's ``config.json`` that change nothing.
     """
 
     overwrite: bool = False
     verify: bool = True
     max_memory: int | None = None
+    ignored_settings: tuple[str, ...] = ()
 
     def check_resources(self, shape: MegatronShape, destination: Path) -> None:
         """Raises ``ValueError`` before any work where memory or disk cannot suffice."""

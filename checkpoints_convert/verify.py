@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,13 +85,19 @@ class Verification:
 
 
 def verify(
-    first: Path | str, second: Path | str, *, logits: bool = True, max_memory: int | None = None
+    first: Path | str,
+    second: Path | str,
+    *,
+    logits: bool = True,
+    max_memory: int | None = None,
+    ignored_settings: Sequence[str] = (),
 ) -> Verification:
     """Compare two checkpoints of any of the supported formats, and each with its manifest if it has one.
 
     Args:
         logits: compare a forward pass as well (needs transformers for Hugging Face, megatron-core for Megatron).
         max_memory: bytes the comparison may take; too few for the output layer: only the first layers are walked.
+        ignored_settings: unknown settings of a ``config.json`` that change nothing.
 
     Raises:
         ValueError: a path is no checkpoint.
@@ -100,7 +107,8 @@ def verify(
     try:
         for place in places:
             _check_manifest(place.directory)
-        return compare(open_source(first), open_source(second), logits=logits, max_memory=max_memory)
+        one, other = (open_source(path, ignored_settings) for path in (first, second))
+        return compare(one, other, logits=logits, max_memory=max_memory)
     except ValueError as error:
         raise CheckFailed(f"the comparison could not be made: {error}") from error
 
@@ -184,7 +192,16 @@ def _compare_outputs(pair: tuple[Source, Source], compared: Verification, max_me
             )
     tokens = _prompts(config.vocab_size)
     one, other = (
-        run_forward(ForwardJob(str(source.directory), tokens, layers, clear, config.vocab_size))
+        run_forward(
+            ForwardJob(
+                str(source.directory),
+                tokens,
+                layers,
+                clear,
+                config.vocab_size,
+                ignored_settings=list(source.ignored_settings),
+            )
+        )
         for source, clear in zip(pair, compared.clears_borrowed, strict=True)
     )
     for name in one:

@@ -24,11 +24,12 @@ from megatron_dmc.evaluation.perplexity import BOTH, evaluate
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.models.borrowed_channel import borrowed_rows
 from megatron_dmc.models.hugging_face import parse_hf_config
+from megatron_dmc.training.pretrain import prepare
 from tests import toy_family
 from tests.layouts.ranks import run_ranks
 
 CONFIG, UNVERIFIED = toy_family.CONFIG, Options(verify=False)
-TOKENS = [*range(3, 23), 96]
+TOKENS = [*range(3, 26), 96]
 COMPRESSING = DMCConfig(stage="consolidate", decision_bias=0.0, window_size=4)
 NEEDS_MEGATRON = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
 
@@ -108,14 +109,19 @@ def test_megatrons_own_layers_compute_the_same(tmp_path, clears):
     torch.testing.assert_close(load_file(tmp_path / "out")["logits"][0], expected, rtol=1e-5, atol=1e-4)
 
 
-@NEEDS_MEGATRON
-@pytest.mark.slow
-def test_training_and_what_comes_of_it(source, tmp_path):
-    """Every document is the same and as long as a sequence: so is every sequence, whatever the order."""
+@pytest.fixture
+def base(source, tmp_path):
+    """An imported model, and data whose sequences are all ``TOKENS``: documents of that length, all alike."""
     with IndexedWriter(tmp_path / "data", CONFIG.vocab_size) as writer:
         for _ in range(40):
             writer.add(np.array(TOKENS))
-    import_checkpoint(source, tmp_path / "base", options=UNVERIFIED)
+    return import_checkpoint(source, tmp_path / "base", options=UNVERIFIED)
+
+
+@NEEDS_MEGATRON
+@pytest.mark.slow
+@pytest.mark.usefixtures("base")
+def test_training_and_what_comes_of_it(source, tmp_path):
     first = _train(tmp_path, "zero_out", "base", 1)
     logits = reference_of(source)
     targets = torch.tensor([*TOKENS[1:], TOKENS[0]])
@@ -135,7 +141,25 @@ def test_training_and_what_comes_of_it(source, tmp_path):
     assert evaluate(model, torch.tensor([TOKENS]), path=BOTH).agreement.failures() == []
 
 
-def _train(directory, stage: str, base: str, steps: int, **flags: object) -> list[dict[str, float]]:
+@NEEDS_MEGATRON
+@pytest.mark.slow
+@pytest.mark.usefixtures("base")
+def test_tensor_parallel_ranks_train_the_same_norms(tmp_path):
+    usual = {"lr": 1e-2, "min_lr": 1e-2, "save": None}
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": ""}
+    alone = _train(tmp_path, "zero_out", "base", 3, **usual)
+    shared = _train(tmp_path, "zero_out", "base", 3, ranks=2, **usual, **parallel)
+    assert len({step["lm loss"] for step in alone}) == 3
+    for one, other in zip(alone, shared, strict=True):
+        assert other["lm loss"] == pytest.approx(one["lm loss"], abs=1e-4)
+
+
+def test_megatrons_own_model_is_refused_where_it_would_compute_something_else(base):
+    with pytest.raises(ValueError, match="low_freq_factor"):
+        prepare(["--dmc-stage", "off", "--pretrained-checkpoint", str(base)])
+
+
+def _train(directory, stage: str, base: str, steps: int, ranks: int = 1, **flags: object) -> list[dict[str, float]]:
     usual = {
         "dmc_stage": stage,
         "pretrained_checkpoint": directory / base,
@@ -152,5 +176,7 @@ def _train(directory, stage: str, base: str, steps: int, **flags: object) -> lis
         "eval_iters": 0,
         "log_interval": 1,
     }
-    argv = [part for name, value in (usual | flags).items() for part in ("--" + name.replace("_", "-"), str(value))]
-    return run_ranks(toy_family.train, 1, directory / f"logs_{stage}", argv)[0].steps
+    merged = {"--" + name.replace("_", "-"): str(value) for name, value in (usual | flags).items() if value is not None}
+    argv = [part for flag in merged.items() for part in flag if part]
+    records = run_ranks(toy_family.train, ranks, directory / f"logs_{stage}_{ranks}", argv)
+    return next(record.steps for record in records if record.steps)

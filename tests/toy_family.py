@@ -6,6 +6,7 @@ Importing it registers it. Legend: S sequence, h hidden size, H heads, D head di
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.families import FAMILIES, Family
 from megatron_dmc.models.hugging_face import to_hf_config
+from megatron_dmc.ops.rope import RopeScaling
 from tests.checkpoints_convert.models import random_tensors
 
 TOY = Family(
@@ -48,6 +50,7 @@ TOY = Family(
 )
 FAMILIES[TOY.model_type] = TOY
 
+# Llama 3's scaling with numbers that Megatron's own layers do not know.
 CONFIG = ModelConfig(
     hidden_size=32,
     num_layers=2,
@@ -57,6 +60,7 @@ CONFIG = ModelConfig(
     ffn_hidden_size=48,
     vocab_size=97,
     max_position_embeddings=64,
+    rope_scaling=RopeScaling("llama3", 8.0, 2.0, 5.0, original_max_position_embeddings=16),
     dtype="float32",
     family="toy",
     qk_norm=True,
@@ -98,9 +102,21 @@ def _attention(normed_Sh: Tensor, own: dict[str, Tensor]) -> Tensor:
 
 def _turned(x_HSD: Tensor) -> Tensor:
     half = CONFIG.head_dim // 2
-    angle_SC = torch.arange(x_HSD.shape[1])[:, None] * CONFIG.rope_theta ** (-torch.arange(half) / half)
+    angle_SC = torch.arange(x_HSD.shape[1])[:, None] * torch.tensor([_frequency(channel) for channel in range(half)])
     turned = torch.complex(x_HSD[..., :half], x_HSD[..., half:]) * torch.polar(torch.ones_like(angle_SC), angle_SC)
     return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def _frequency(channel: int) -> float:
+    scaling = CONFIG.rope_scaling
+    frequency = CONFIG.rope_theta ** (-2 * channel / CONFIG.head_dim)
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    if turns >= scaling.high_freq_factor:
+        return frequency
+    if turns <= scaling.low_freq_factor:
+        return frequency / scaling.factor
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return kept * frequency + (1 - kept) * frequency / scaling.factor
 
 
 def train(argv: list[str]) -> Any:

@@ -72,12 +72,15 @@ def copy_tokenizer(tokenizer: Path | None, folder: Path) -> dict[str, Any]:
 
 
 def token_ids(directory: Path) -> dict[str, Any]:
-    """The ids of special tokens that ``generation_config.json`` or ``config.json`` of a directory states."""
+    """The ids of special tokens that ``generation_config.json`` or ``config.json`` of a directory states.
+
+    -1 stands for none. Raises ``ValueError`` on anything else that is no id.
+    """
     ids: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         path = directory / name
         stated = read_json(path, 1 << 20) if path.is_file() else {}
-        ids |= {key: stated[key] for key in TOKEN_IDS if stated.get(key) is not None}
+        ids |= {key: stated[key] for key in TOKEN_IDS if stated.get(key) not in (None, -1)}
     for key, value in ids.items():
         if not all(type(number) is int and number >= 0 for number in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{directory}: {key}={value!r} is not a token id")

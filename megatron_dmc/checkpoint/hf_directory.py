@@ -1,78 +1,109 @@
-"""A Hugging Face model directory, read: configuration, index, shards, tokenizer files."""
+"""A Hugging Face model directory, read: configuration, weights, token ids, and how the two fit."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
-from megatron_dmc.checkpoint.bounded import confined, read_json
-from megatron_dmc.checkpoint.safetensors_file import read_safetensors_header
+import torch
+from torch import Tensor
+
+from megatron_dmc.checkpoint.companions import TOKEN_IDS, token_ids
 from megatron_dmc.checkpoint.torch_file import StoredTensor
-from megatron_dmc.models.config import DTYPES
-from megatron_dmc.models.hugging_face import parse_hf_config, read_config_json
+from megatron_dmc.checkpoint.weight_files import find_weights
+from megatron_dmc.models.config import DTYPES, ModelConfig
+from megatron_dmc.models.hugging_face import parse_family, parse_hf_config, read_config_json
+from megatron_dmc.models.hugging_face_settings import check_settings
 from megatron_dmc.models.tensors import by_hf_name, check_names, hf_name
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
-# Buffers that old transformers saved; they follow from config.json.
-_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+class NamedTensor(NamedTuple):
+    """A tensor that is not read yet, its name in the file, and the type that it is read in."""
+
+    name: str
+    stored: StoredTensor
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        return self.stored.read().to(self.dtype)
 
 
 class HuggingFaceDirectory:
     """The files of a model as ``save_pretrained`` writes them.
 
+    Args:
+        directory: with ``config.json``.
+        ignored_settings: unknown settings of it that change nothing, as the user says.
+
     Attributes:
-        config: shape of the model, with the type of its stored tensors.
-        dmc: DMC settings, of a ``dmc_llama``.
+        config: the model, with the type of its tensors.
+        dmc: DMC settings, of a compressed model.
         tensors: every tensor of the model by name.
+        pickled: whether they are in pickled files, not in safetensors.
         config_json: ``config.json`` as it stands.
+        notes: what was chosen or passed over where the files left a choice, in words.
 
     Raises:
         ValueError: an unsupported configuration, damaged files, missing, unknown or wrongly shaped tensors.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ignored_settings: Collection[str] = ()) -> None:
         self.directory = directory
         self.config_json = read_config_json(directory)
-        config, self.dmc = parse_hf_config(self.config_json)
-        found = {name: tensor for name, tensor in _all_tensors(directory).items() if not name.endswith(_IGNORED_SUFFIX)}
+        config, self.dmc = parse_hf_config(self.config_json, ignored_settings)
+        self.notes = check_settings(self.config_json, parse_family(self.config_json), ignored_settings)
+        token_ids(directory)
+        self.notes += [
+            f"config.json: {name}=-1 stands for none" for name in TOKEN_IDS if self.config_json.get(name) == -1
+        ]
+        found, self.pickled, notes = find_weights(directory)
+        self.notes += notes
+        names = self._names_in_files(config, found)
+        check_names(names, by_hf_name(config), str(directory))
+        self.config = dataclasses.replace(config, dtype=self._dtype(config, {found[name] for name in names.values()}))
+        dtype = getattr(torch, self.config.dtype)
+        self.tensors = {name: NamedTensor(stored, found[stored], dtype) for name, stored in names.items()}
+        self._check_shapes()
+
+    def _names_in_files(self, config: ModelConfig, found: dict[str, StoredTensor]) -> dict[str, str]:
+        """The name in the files of every tensor, by its own name: a tied tensor may be stored under either or both."""
+        names = {name: name for name in found}
         embedding, head = hf_name(config, "embedding"), hf_name(config, "output")
-        if config.tie_word_embeddings and head in found and embedding in found:
-            _check_tied(head, found.pop(head), embedding, found[embedding])
-        expected = by_hf_name(config)
-        check_names(found, expected, str(directory))
-        dtype = found[embedding].dtype
-        for name, (entry, place) in expected.items():
-            shape = entry.hf_shapes(config)[place]
-            if found[name].shape != shape or found[name].dtype != dtype:
-                raise ValueError(
-                    f"{name} is {found[name].dtype} of shape {found[name].shape}: config.json and {embedding} ask for "
-                    f"{dtype} of shape {shape}"
-                )
-        stored = str(dtype).removeprefix("torch.")
-        if stored not in DTYPES:
-            raise ValueError(f"{directory} stores {stored}: supported are {', '.join(DTYPES)}")
-        self.config = dataclasses.replace(config, dtype=stored)
-        self.tensors = found
+        if config.tie_word_embeddings and head in names:
+            del names[head]
+            if embedding in names:
+                _check_tied(embedding, found[embedding], head, found[head])
+            else:
+                names[embedding] = head
+                self.notes.append(f"{head} is read as {embedding}: config.json ties the two")
+        return names
+
+    def _dtype(self, config: ModelConfig, stored: set[StoredTensor]) -> str:
+        """The stored type; where there are several, the one that ``config.json`` states."""
+        given = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored})
+        if unsupported := set(given) - set(DTYPES):
+            raise ValueError(
+                f"{self.directory} stores {', '.join(sorted(unsupported))}: supported are {', '.join(DTYPES)}"
+            )
+        if len(given) > 1:
+            self.notes.append(f"tensors are stored as {' and '.join(given)}: all are read as {config.dtype}")
+        return given[0] if len(given) == 1 else config.dtype
+
+    def _check_shapes(self) -> None:
+        for name, (entry, place) in by_hf_name(self.config).items():
+            stored, expected = self.tensors[name].stored, entry.hf_shapes(self.config)[place]
+            if stored.shape != expected:
+                raise ValueError(f"{name} has shape {stored.shape}: config.json asks for {expected}")
+            if not stored.contiguous:
+                raise ValueError(f"{name} is stored as a view of another tensor: save it as one of its own")
 
 
-def _all_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory, from the single file or through the index."""
-    if not (directory / INDEX_NAME).is_file():
-        if not (directory / SINGLE_NAME).is_file():
-            raise ValueError(f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}: only safetensors are read")
-        return read_safetensors_header(directory / SINGLE_NAME).tensors
-    weight_map = read_json(directory / INDEX_NAME).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{directory / INDEX_NAME} has no weight_map")
-    shards = {name: read_safetensors_header(confined(directory, name)).tensors for name in set(weight_map.values())}
-    for shard, tensors in shards.items():
-        listed = {name for name, file_name in weight_map.items() if file_name == shard}
-        check_names(tensors, listed, f"{directory / shard} (against the index)")
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
-
-
-def _check_tied(head_name: str, head: StoredTensor, embedding_name: str, embedding: StoredTensor) -> None:
-    if head.dtype != embedding.dtype or head.shape != embedding.shape or not head.read().equal(embedding.read()):
-        raise ValueError(f"config.json ties the embeddings, but {head_name} differs from {embedding_name}")
+def _check_tied(embedding: str, one: StoredTensor, head: str, other: StoredTensor) -> None:
+    if one.dtype != other.dtype or one.shape != other.shape or not one.read().equal(other.read()):
+        raise ValueError(
+            f"config.json ties the embeddings, but {head} differs from {embedding}: set tie_word_embeddings to false "
+            f"in config.json to keep {head}, or remove it from the weights"
+        )

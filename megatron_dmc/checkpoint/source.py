@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,12 +34,14 @@ class Source(ABC):
         companions: folder with its configuration and tokenizer files; it need not exist.
         config: its shape, with the type of its stored tensors.
         dmc: its DMC settings; None: it has none.
+        ignored_settings: unknown settings of its configuration that change nothing, as the user says.
     """
 
     directory: Path
     companions: Path
     config: ModelConfig
     dmc: DMCConfig | None
+    ignored_settings: Sequence[str] = ()
     _last: tuple[Entry, list[Tensor]] | None = None
 
     @abstractmethod
@@ -57,24 +61,34 @@ class Source(ABC):
         return self._last[1][place]
 
 
-def open_source(path: Path | str) -> HuggingFaceSource | MegatronSource:
+def open_source(path: Path | str, ignored_settings: Sequence[str] = ()) -> HuggingFaceSource | MegatronSource:
     """Open a Hugging Face directory or a Megatron checkpoint (``torch_dist`` of any layout, or legacy).
 
-    Nothing in it is executed; see ``megatron_dmc.checkpoint``.
+    Nothing in it is executed; see ``megatron_dmc.checkpoint``. What was chosen or passed over where the files leave a
+    choice is told on standard error.
+
+    Args:
+        ignored_settings: unknown settings of ``config.json`` that change nothing, as the user says.
 
     Raises:
         ValueError: no checkpoint, a damaged or hostile one, another kind of model, missing or unknown tensors.
     """
     location = locate(path)
-    return HuggingFaceSource(location.directory) if location.format == HUGGING_FACE else MegatronSource(location)
+    if location.format != HUGGING_FACE:
+        return MegatronSource(location)
+    source = HuggingFaceSource(location.directory, ignored_settings)
+    for note in source.files.notes:
+        print(f"{path}: {note}", file=sys.stderr)
+    return source
 
 
 class HuggingFaceSource(Source):
     """A Hugging Face directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ignored_settings: Sequence[str] = ()) -> None:
         self.directory = self.companions = directory
-        self.files = HuggingFaceDirectory(directory)
+        self.ignored_settings = ignored_settings
+        self.files = HuggingFaceDirectory(directory, ignored_settings)
         self.config, self.dmc = self.files.config, self.files.dmc
 
     def parts(self, entry: Entry) -> list[Tensor]:

@@ -41,6 +41,7 @@ def _add_import(commands: Any) -> None:
         default="transformer_engine",
         help="whose names the legacy layout uses for the norms (default: transformer_engine)",
     )
+    _add_ignored_settings(parser)
     parser.add_argument("--dry-run", action="store_true", help="print tensors, shapes, bytes, memory and disk needed")
 
 
@@ -65,6 +66,7 @@ def _add_merge_kv_heads(commands: Any) -> None:
     about = "average the K and V heads of a Llama in groups (the GQA up-training baseline)"
     parser = _add_conversion(commands, "merge-kv-heads", about, _run_merge_kv_heads)
     parser.add_argument("--num-kv-heads", type=int, required=True, help="KV heads of the result; divides the model's")
+    _add_ignored_settings(parser)
 
 
 def _add_verify(commands: Any) -> None:
@@ -73,6 +75,7 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("second", metavar="B", type=Path)
     parser.add_argument("--no-logits", action="store_true", help="compare the tensors only")
     _add_max_memory(parser)
+    _add_ignored_settings(parser)
     parser.set_defaults(run=_run_verify)
 
 
@@ -80,6 +83,7 @@ def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser("inspect", help="what a checkpoint is, and what is missing or damaged in it")
     parser.add_argument("path", metavar="PATH", type=Path)
     parser.add_argument("--no-hashes", action="store_true", help="compare sizes with the manifest, not SHA-256")
+    _add_ignored_settings(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run_inspect)
 
@@ -109,6 +113,16 @@ def _add_max_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-memory", type=_byte_count, help="memory that may be taken, for example 8G or 6GiB")
 
 
+def _add_ignored_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-setting",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an unknown setting of config.json that does not change what the model computes; may be repeated",
+    )
+
+
 def _byte_count(text: str) -> int:
     try:
         return byte_count(text)
@@ -119,7 +133,8 @@ def _byte_count(text: str) -> int:
 def _options(args: argparse.Namespace) -> Any:
     from checkpoints_convert.options import Options
 
-    return Options(overwrite=args.overwrite, verify=not args.no_verify, max_memory=args.max_memory)
+    ignored = tuple(getattr(args, "ignore_setting", ()))
+    return Options(args.overwrite, not args.no_verify, args.max_memory, ignored)
 
 
 def _run_import(args: argparse.Namespace) -> int:
@@ -134,7 +149,7 @@ def _run_import(args: argparse.Namespace) -> int:
         args.transformer_impl,
     )
     if args.dry_run:
-        print("\n".join(import_plan(args.source, args.destination, layout)))
+        print("\n".join(import_plan(args.source, args.destination, layout=layout, options=_options(args))))
         return 0
     import_checkpoint(args.source, args.destination, layout=layout, options=_options(args))
     return _done(args)
@@ -182,7 +197,13 @@ def _run_merge_kv_heads(args: argparse.Namespace) -> int:
 def _run_verify(args: argparse.Namespace) -> int:
     from checkpoints_convert.verify import verify
 
-    verification = verify(args.first, args.second, logits=not args.no_logits, max_memory=args.max_memory)
+    verification = verify(
+        args.first,
+        args.second,
+        logits=not args.no_logits,
+        max_memory=args.max_memory,
+        ignored_settings=args.ignore_setting,
+    )
     print("\n".join(verification.lines()))
     return 0
 
@@ -191,7 +212,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
     from checkpoints_convert.inspect import inspect_checkpoint
     from megatron_dmc.support.errors import EXIT_CHECK_FAILED
 
-    inspection = inspect_checkpoint(args.path, hashes=not args.no_hashes)
+    inspection = inspect_checkpoint(args.path, hashes=not args.no_hashes, ignored_settings=args.ignore_setting)
     if args.json:
         print(json.dumps({**inspection.facts, "problems": inspection.problems}, indent=2))
     else:

@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.families import LLAMA
-from megatron_dmc.models.hugging_face import FIXED_SETTINGS, READ_SETTINGS, parse_hf_config
+from megatron_dmc.models.hugging_face import parse_hf_config
+from megatron_dmc.models.hugging_face_settings import FIXED_SETTINGS, READ_SETTINGS
 
 
 class DMCLlamaConfig(LlamaConfig):

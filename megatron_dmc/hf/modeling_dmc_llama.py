@@ -34,7 +34,14 @@ class DMCLlamaAttention(LlamaAttention):
         return self.o_proj(dmc_attention(self.layer_idx, q, k, v).flatten(-2)).unsqueeze(0), None
 
 
-class DMCLlamaModel(LlamaModel):
+class OwnAttention:
+    """Whatever ``attn_implementation`` asks for, attention is the model's own: nothing is refused."""
+
+    def _check_and_adjust_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
+        return "eager"
+
+
+class DMCLlamaModel(OwnAttention, LlamaModel):
     """The decoder without its output layer."""
 
     config_class = DMCLlamaConfig
@@ -129,7 +136,7 @@ class _Packed:
         return self._attention(layer, *(x.unsqueeze(1) for x in (q, k, v))).squeeze(1)
 
 
-class DMCLlamaForCausalLM(LlamaForCausalLM):
+class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
     """The decoder with its output layer: forward passes, loss and ``generate`` (greedy or sampled)."""
 
     config_class = DMCLlamaConfig

@@ -6,23 +6,27 @@ A setting that would change the computation and is not supported, or is unknown,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig, require
 from megatron_dmc.models.families import DMC_PREFIX, Family, family_of
+from megatron_dmc.models.hugging_face_settings import check_settings
 from megatron_dmc.ops.rope import ROPE_TYPES, RopeScaling
 
 CONFIG_BYTES_LIMIT = 1 << 20
 
 
-def parse_hf_config(source: Mapping[str, Any] | str | Path) -> tuple[ModelConfig, DMCConfig | None]:
+def parse_hf_config(
+    source: Mapping[str, Any] | str | Path, ignored_settings: Collection[str] = ()
+) -> tuple[ModelConfig, DMCConfig | None]:
     """Read ``config.json`` as transformers 4 and 5 write it for the families that are known.
 
     Args:
         source: the parsed mapping, the path of a ``config.json``, or of a directory that holds one.
+        ignored_settings: unknown settings that change nothing, as the user says.
 
     Returns:
         The model, and its DMC settings if it is a compressed one.
@@ -32,9 +36,8 @@ def parse_hf_config(source: Mapping[str, Any] | str | Path) -> tuple[ModelConfig
             in a way that is not supported. The message names it.
     """
     given = dict(source) if isinstance(source, Mapping) else read_config_json(Path(source))
-    family = _parse_family(given)
-    _check_fixed_settings(given, family)
-    _check_known(given, family)
+    family = parse_family(given)
+    check_settings(given, family, ignored_settings)
     heads = _number(given, "num_attention_heads", int)
     hidden_size = _number(given, "hidden_size", int)
     theta, scaling = _parse_rope(given)
@@ -120,43 +123,8 @@ def read_config_json(path: Path) -> dict[str, Any]:
     return given
 
 
-FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "partial_rotary_factor": (1, 1.0),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
-    "quantization_config": (None,),
-    "auto_map": (None, {}),
-    "is_encoder_decoder": (False,),
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
-    "pruned_heads": (None, {}),
-}
-"""Settings that must have one of these values (or be absent), because another would change the computation."""
-
-_READ = """
-    model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
-    vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings
-    torch_dtype dtype dmc layer_types
-"""
-READ_SETTINGS = frozenset(_READ.split())
-"""Settings from which the model follows."""
-
-# Settings that say nothing about the computation of the next-token logits.
-_WITHOUT_EFFECT = """
-    architectures transformers_version _name_or_path name_or_path _attn_implementation_autoset _commit_hash
-    initializer_range use_cache bos_token_id eos_token_id pad_token_id pretraining_tp return_dict output_attentions
-    output_hidden_states chunk_size_feed_forward id2label label2id problem_type torchscript use_bfloat16
-    tf_legacy_loss max_sequence_length max_length min_length do_sample temperature top_k top_p
-"""
-_KNOWN = FIXED_SETTINGS.keys() | READ_SETTINGS | set(_WITHOUT_EFFECT.split())
-
-
-def _parse_family(given: Mapping[str, Any]) -> Family:
+def parse_family(given: Mapping[str, Any]) -> Family:
+    """The family that ``config.json`` names. Raises ``ValueError`` where it is unknown, or lacks what it must state."""
     model_type = given.get("model_type")
     try:
         family = family_of(model_type)
@@ -169,27 +137,6 @@ def _parse_family(given: Mapping[str, Any]) -> Family:
     return family
 
 
-def _check_fixed_settings(given: Mapping[str, Any], family: Family) -> None:
-    for name, allowed in {**FIXED_SETTINGS, **family.fixed}.items():
-        if name in given and not any(type(given[name]) is type(value) and given[name] == value for value in allowed):
-            raise ValueError(
-                f"config.json: {name}={given[name]!r} is not supported (only {allowed[0]!r}): it changes what the "
-                "model computes; use a checkpoint without it"
-            )
-    layer_types = given.get("layer_types")
-    if layer_types is not None and set(layer_types) != {"full_attention"}:
-        raise ValueError(f"config.json: layer_types={layer_types!r}: every layer must be full_attention")
-
-
-def _check_known(given: Mapping[str, Any], family: Family) -> None:
-    unknown = sorted(given.keys() - _KNOWN - family.fixed.keys())
-    if unknown:
-        raise ValueError(
-            f"config.json: unknown settings {', '.join(unknown)}: they may change what the model computes; "
-            "remove them from config.json if they do not"
-        )
-
-
 def _parse_rope(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from ``rope_theta`` and ``rope_scaling`` (transformers 4) or ``rope_parameters`` (5)."""
     parameters, scaling = given.get("rope_parameters"), given.get("rope_scaling")
@@ -198,7 +145,7 @@ def _parse_rope(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = parameters if parameters is not None else scaling
     if rope is not None and not isinstance(rope, Mapping):
         raise ValueError(f"config.json: rope_parameters or rope_scaling is {rope!r}: an object or null is expected")
-    rope = dict(rope or {})
+    rope = {name: value for name, value in (rope or {}).items() if value is not None}
     thetas = [_number(part, "rope_theta", float) for part in (given, rope) if part.get("rope_theta") is not None]
     if len(set(thetas)) > 1:
         raise ValueError(f"config.json: rope_theta is {thetas[0]} and {thetas[1]} in one file: they must be equal")

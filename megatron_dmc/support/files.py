@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import errno
@@ -91,8 +92,8 @@ def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, Any]
 
 
 def read_json(path: Path, limit: int = JSON_BYTES_LIMIT, *, finite: bool = True) -> dict[str, Any]:
-    """The JSON object in a file of at most ``limit`` bytes; see :func:`parse_json`."""
-    return parse_json(read_bounded(path, limit), str(path), finite=finite)
+    """The JSON object in a file of at most ``limit`` bytes, which may begin with a byte order mark."""
+    return parse_json(read_bounded(path, limit).removeprefix(codecs.BOM_UTF8), str(path), finite=finite)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

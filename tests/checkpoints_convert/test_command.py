@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from megatron_dmc.checkpoint.torch_file import StoredTensor
 from megatron_dmc.cli import main
 from megatron_dmc.config import DMCConfig
 from tests.checkpoints_convert.models import TINY, write_model
@@ -119,3 +120,36 @@ def test_inspect_tells_the_settings_of_dmc(tmp_path, capsys):
     write_model(tmp_path / "hf", TINY, DMCConfig(stage="consolidate", window_size=12))
     assert _run("inspect", tmp_path / "hf") == 0
     assert "stage=consolidate" in capsys.readouterr().out
+
+
+def test_a_setting_that_the_user_knows_to_be_harmless(source, tmp_path, capsys):
+    config = json.loads((source / "config.json").read_text()) | {"frobnicate": 3, "twiddle": None}
+    (source / "config.json").write_text(json.dumps(config))
+    for arguments in (["import", source, tmp_path / "m"], ["import", source, tmp_path / "m", "--dry-run"]):
+        assert _run(*arguments) == 1
+        told = capsys.readouterr().err
+        assert "unknown settings frobnicate=3" in told
+        assert "--ignore-setting frobnicate" in told
+        assert "GB/s" not in told
+        assert not (tmp_path / "m").exists()
+    ignoring = ["--ignore-setting", "frobnicate"]
+    assert _run("import", source, tmp_path / "m", "--no-verify", *ignoring) == 0
+    told = capsys.readouterr().err
+    assert "frobnicate=3 is ignored" in told
+    assert "unknown setting twiddle=None is taken for one that is off" in told
+    manifest = json.loads((tmp_path / "m" / "release" / "manifest.json").read_text())
+    assert manifest["ignored_settings"] == ["frobnicate"]
+    assert _run("verify", source, tmp_path / "m", "--no-logits") == 2
+    assert _run("verify", source, tmp_path / "m", "--no-logits", *ignoring) == 0
+    capsys.readouterr()
+    assert _run("inspect", source, *ignoring) == 0
+    assert "frobnicate=3 is ignored" in capsys.readouterr().out
+
+
+def test_no_weight_is_read_before_every_setting_is_checked(source, tmp_path, capsys, monkeypatch):
+    """A token id that is none was noticed after the whole conversion."""
+    config = json.loads((source / "config.json").read_text()) | {"pad_token_id": -7}
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(StoredTensor, "read", lambda _: pytest.fail("a tensor was read"))
+    assert _run("import", source, tmp_path / "m") == 1
+    assert "pad_token_id=-7 is not a token id" in capsys.readouterr().err

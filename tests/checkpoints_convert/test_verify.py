@@ -214,3 +214,21 @@ def test_cleared_channels_in_both_walks(tmp_path):
         for path, clears in ((source, True), (tmp_path / "plain", False))
     )
     assert torch.allclose(one[LOGITS], other[LOGITS], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_transformers_logits_of_directories_as_people_have_them(tmp_path):
+    """Pickled weights, mixed types and a tied tensor under its other name go through the whole comparison."""
+    source = write_model(tmp_path / "hf", VARIANTS["tied"], torch_dtype="bfloat16", frobnicate=1)
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    tensors = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    options = Options(ignored_settings=("frobnicate",))
+    save_file(tensors, source / "model.safetensors")
+    import_checkpoint(source, tmp_path / "from_safetensors", options=options)
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    import_checkpoint(source, tmp_path / "from_pickle", options=options)
+    found = verify(tmp_path / "from_safetensors", tmp_path / "from_pickle")
+    assert found.equal_predictions == 1.0

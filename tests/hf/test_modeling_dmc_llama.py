@@ -64,6 +64,13 @@ def padded(prompts, side):
     return torch.tensor(rows), torch.tensor(masks)
 
 
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "flex_attention"])
+def test_attention_is_its_own_whatever_a_script_asks_for(directory, model, name):
+    tokens_BS = random_tokens(1, 9)
+    with torch.no_grad():
+        assert torch.equal(load(directory, attn_implementation=name)(tokens_BS).logits, model(tokens_BS).logits)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
