@@ -21,7 +21,7 @@ class Request:
     prompt: list[int]
     sampling: SamplingParams
     output: list[int] = field(default_factory=list)
-    """Tokens so far, without the end-of-document token."""
+    """Tokens so far, without the one that ended the text."""
     finish_reason: str | None = None
     """``eod`` or ``length``; None while the request waits or runs."""
     usage: CacheUsage | None = None
@@ -48,7 +48,7 @@ class Request:
 
     def receive(self, token: int) -> None:
         """Take the next token, which may be the last."""
-        if token == self.sampling.eod:
+        if token in self.sampling.end_tokens:
             self.finish_reason = "eod"
             return
         self.output.append(token)

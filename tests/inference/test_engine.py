@@ -70,14 +70,15 @@ def test_greedy_text_equals_whole_forward_passes():
         tokens.append(token)
 
 
-def test_end_of_document_ends_a_text_and_frees_its_memory():
+def test_any_end_token_ends_a_text_and_frees_its_memory():
     model = tiny_model(DMCConfig(decision_bias=-1.0))
     free = Engine(model).generate(PROMPTS, SamplingParams(max_new_tokens=10))
-    eod = free[0].output[4]
+    ends = frozenset(request.output[4] for request in free[:2])
     engine = Engine(model)
-    ended = engine.generate(PROMPTS, SamplingParams(max_new_tokens=10, eod=eod))
-    assert ended[0].output == free[0].output[: free[0].output.index(eod)]
-    assert ended[0].finish_reason == "eod"
+    ended = engine.generate(PROMPTS, SamplingParams(max_new_tokens=10, end_tokens=ends))
+    for one, whole in zip(ended[:2], free[:2], strict=True):
+        assert one.output == whole.output[: min(whole.output.index(end) for end in ends & set(whole.output))]
+        assert one.finish_reason == "eod"
     assert {request.finish_reason for request in ended} >= {"eod"}
     assert engine.cache.allocator.num_in_use == 0
     assert engine.cache.num_free_sequences == 32
