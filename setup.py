@@ -32,6 +32,7 @@ setup(
         "hf": ["tokenizers", "transformers >= 5.3"],
         "eval": ["lm-eval >= 0.4.13"],
         "plot": ["matplotlib"],
+        "data": ["pyarrow"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff"],
     },
     entry_points={"console_scripts": ["megatron-dmc = megatron_dmc.cli:main"]},

@@ -26,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="sentencepiece .model file or Hugging Face directory (default: the model's own)",
+        help="tokenizer.json, .model file or Hugging Face directory (default: the model's own)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: the stored one)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
