@@ -13,6 +13,8 @@ JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 LONGEST_LINE = 1 << 28
 """Bytes of one line: a longer one is a file of another format."""
 
+FIELD_REMEDY = "name its field with --json-key"
+
 OnBad = Callable[[ValueError], None]
 """Takes a bad line or row, which is left out then."""
 
@@ -31,7 +33,7 @@ def looks_like_json_lines(path: Path, key: str) -> bool:
             return False
 
 
-def read_json_lines(path: Path, key: str, on_bad: OnBad | None = None) -> Iterator[str]:
+def read_json_lines(path: Path, key: str, on_bad: OnBad | None = None, *, remedy: str = FIELD_REMEDY) -> Iterator[str]:
     r"""The text under ``key`` of each line that is not blank; only ``\n`` ends a line.
 
     Raises:
@@ -47,7 +49,7 @@ def read_json_lines(path: Path, key: str, on_bad: OnBad | None = None) -> Iterat
             if line.isspace():
                 continue
             try:
-                text = _text_in(line, key, place)
+                text = _text_in(line, key, place, remedy)
             except ValueError as error:
                 if on_bad is None:
                     raise
@@ -56,14 +58,14 @@ def read_json_lines(path: Path, key: str, on_bad: OnBad | None = None) -> Iterat
             yield text
 
 
-def checked_text(text: Any, key: str, place: str) -> str:
+def checked_text(text: Any, key: str, place: str, remedy: str = FIELD_REMEDY) -> str:
     """``text`` if it is one.
 
     Raises:
         ValueError: it is no text, or has half of a surrogate pair, which JSON may escape.
     """
     if not isinstance(text, str):
-        raise ValueError(f"{place} has no text under {key!r}: name its field with --json-key")
+        raise ValueError(f"{place} has no text under {key!r}: {remedy}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -71,12 +73,12 @@ def checked_text(text: Any, key: str, place: str) -> str:
     return text
 
 
-def _text_in(line: bytes, key: str, place: str) -> str:
+def _text_in(line: bytes, key: str, place: str, remedy: str) -> str:
     try:
         value = _object(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}: one object per line is read") from error
-    return checked_text(value.get(key), key, place)
+    return checked_text(value.get(key), key, place, remedy)
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: give a file with one prompt per line, or --prompt")
     if is_json_lines(path):
-        prompts = list(read_json_lines(path, PROMPT_KEY))
+        prompts = list(read_json_lines(path, PROMPT_KEY, remedy='write one object {"prompt": ...} per line'))
     else:
         try:
             text = path.read_bytes().decode("utf-8-sig")

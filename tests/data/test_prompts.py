@@ -27,7 +27,7 @@ def test_json_lines_hold_prompts_of_several_lines(tmp_path):
     path.write_text(json.dumps({"prompt": "one\ntwo"}) + "\n" + json.dumps({"prompt": "three"}))
     assert read_prompts(path) == ["one\ntwo", "three"]
     path.write_text('{"text": "one"}\n')
-    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1 has no text under 'prompt'"):
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1 has no text under 'prompt': write one object"):
         read_prompts(path)
 
 
