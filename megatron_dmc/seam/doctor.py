@@ -29,6 +29,7 @@ EXTRAS = {
     "hf": ("transformers", "loading exported models in transformers, and `convert verify`"),
     "eval": ("lm-eval", "standard benchmarks"),
     "plot": ("matplotlib", "the pictures of `report` and `quickstart`"),
+    "data": ("pyarrow", "Parquet and .zst files in `data prepare`"),
     "dev": ("pytest", "the tests"),
 }
 """Extra -> the package that shows it is there, and what it is for."""
