@@ -9,7 +9,6 @@ import pytest
 import megatron_dmc.cli as cli
 from megatron_dmc.support.errors import CheckFailed, InfrastructureError
 
-
 HEAVY = ("torch", "numpy", "megatron.core", "transformers", "tokenizers", "sentencepiece", "matplotlib", "pyarrow")
 
 
