@@ -67,7 +67,7 @@ def import_dmc_release(
         vocab_size = LLAMA2_VOCAB_SIZE
     state_vocabulary(model, vocab_size)
     model.dmc = release_settings(target_cr)
-    facts = CardFacts(model.dmc, model.settings.iteration)
+    facts = CardFacts(model.dmc, model.saved.iteration)
     check = partial(check_conversion, model, max_memory=options.max_memory)
     with new_directory(Path(destination), overwrite=options.overwrite) as partial_directory:
         megatron, hugging_face = partial_directory / MEGATRON_FOLDER, partial_directory / HUGGING_FACE_FOLDER

@@ -6,19 +6,21 @@ compared with.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import models as architectures
 
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
-from megatron_dmc.models.borrowed_channel import clear_rows
+from megatron_dmc.models.borrowed_channel import without_borrowed_channels
+from megatron_dmc.models.families import family_of
+from megatron_dmc.models.tensors import by_hf_name, hf_name
 
-# Of another class than LlamaConfig, or about the file rather than the model.
-_NOT_LLAMA_SETTINGS = frozenset({"model_type", "architectures", "dmc", "sliding_window", "dtype", "torch_dtype"})
+# About the file rather than the model, or not of a plain model.
+_NOT_MODEL_SETTINGS = frozenset({"model_type", "architectures", "dmc", "sliding_window", "dtype", "torch_dtype"})
 
 
 class TransformersModel:
@@ -27,13 +29,16 @@ class TransformersModel:
     def __init__(self, directory: Path, clears_borrowed: bool) -> None:
         self._files = HuggingFaceDirectory(directory)
         self._clears_borrowed = clears_borrowed
-        settings = {name: value for name, value in self._files.config_json.items() if name not in _NOT_LLAMA_SETTINGS}
-        self._config = LlamaConfig.from_dict(settings, attn_implementation="eager")
-        self._rotary = LlamaRotaryEmbedding(self._config)
+        prefix = family_of(self._files.config.family).architecture.removesuffix("ForCausalLM")
+        module = importlib.import_module(f"{architectures.__name__}.{prefix.lower()}.modeling_{prefix.lower()}")
+        self._layer, self._norm = getattr(module, prefix + "DecoderLayer"), getattr(module, prefix + "RMSNorm")
+        settings = {name: value for name, value in self._files.config_json.items() if name not in _NOT_MODEL_SETTINGS}
+        self._config = getattr(module, prefix + "Config").from_dict(settings, attn_implementation="eager")
+        self._rotary = getattr(module, prefix + "RotaryEmbedding")(self._config)
         self.num_layers = self._config.num_hidden_layers
 
     def embed(self, tokens: Tensor) -> Tensor:
-        name = "model.embed_tokens.weight"
+        name = hf_name(self._files.config, "embedding")
         with safe_open(self._files.tensors[name].path, framework="pt") as stream:
             rows = stream.get_slice(name)
             return (
@@ -44,12 +49,14 @@ class TransformersModel:
 
     def layer(self, index: int, hidden: Tensor) -> Tensor:
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(self._config, index)
-        prefix = f"model.layers.{index}."
-        weights = {name: self._read(prefix + name).float() for name in layer.state_dict()}
-        if self._clears_borrowed:
-            for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight"):
-                weights[name] = clear_rows(weights[name], self._files.config.head_dim)
+            layer = self._layer(self._config, index)
+        config = self._files.config
+        weights = {}
+        for name, (entry, place) in by_hf_name(config).items():
+            if entry.layer == index:
+                weight, role = self._read(name).float(), entry.row.parts[place].role
+                cleared = without_borrowed_channels(role, weight, config) if self._clears_borrowed else weight
+                weights[name.split(f".{index}.", 1)[1]] = cleared
         layer.load_state_dict(weights, assign=True)
         positions = torch.arange(hidden.shape[1])[None]
         return layer(
@@ -60,13 +67,13 @@ class TransformersModel:
         )
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        norm = LlamaRMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
-        norm.load_state_dict({"weight": self._read("model.norm.weight").float()})
+        norm = self._norm(self._config.hidden_size, self._config.rms_norm_eps)
+        norm.load_state_dict({"weight": self._read(hf_name(self._files.config, "final_norm")).float()})
         return norm(hidden)
 
     def output_weight(self) -> Tensor:
         tied = self._config.tie_word_embeddings
-        return self._read("model.embed_tokens.weight" if tied else "lm_head.weight")
+        return self._read(hf_name(self._files.config, "embedding" if tied else "output"))
 
     def _read(self, name: str) -> Tensor:
         with safe_open(self._files.tensors[name].path, framework="pt") as stream:

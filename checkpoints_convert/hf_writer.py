@@ -23,8 +23,9 @@ from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_dmc.checkpoint.source import Source
 from megatron_dmc.checkpoint.torch_file import tensor_memory
-from megatron_dmc.models.config import ModelConfig, to_hf_config
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.hugging_face import to_hf_config
 from megatron_dmc.models.tensors import Entry, entries
 from megatron_dmc.support.files import new_directory, write_json, write_text
 from megatron_dmc.support.progress import Advance, progress

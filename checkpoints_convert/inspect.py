@@ -73,11 +73,11 @@ def _model_facts(location: Location) -> dict[str, Any]:
         sizes = (legacy.tensor_size, legacy.pipeline_size, legacy.virtual_size)
         facts["layout"] = "TP {} x PP {} x VPP {}".format(*sizes)
     source = MegatronSource(location)
-    args = source.settings.args
+    args = source.saved.args
     if location.format != LEGACY:
         written = [args.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline")]
         facts["layout"] = "any (written at TP {} x PP {})".format(*written)
-    facts["iteration"] = source.settings.iteration
+    facts["iteration"] = source.saved.iteration
     facts["vocabulary"] = f"{source.config.vocab_size}, padded to {source.shape.padded_vocab_size}"
     if not source.states_vocab_size:
         facts["vocabulary"] = f"not stated; the embedding has {source.shape.padded_vocab_size} rows"

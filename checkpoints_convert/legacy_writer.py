@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_dmc.checkpoint.legacy import FILE_NAME, LOCAL_SPEC_NAMES, rank_directory
+from megatron_dmc.checkpoint.legacy import FILE_NAME, rank_directory
 from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file, tensor_memory
 from megatron_dmc.models.fusion import MegatronShape
-from megatron_dmc.models.tensors import EMBEDDING_ROW, EXTRA_STATE_MODULES, OUTPUT_LAYER, Entry, entries
+from megatron_dmc.models.tensors import EMBEDDING, EXTRA_STATE_MODULES, LOCAL_SPEC_NAMES, OUTPUT_LAYER, Entry, entries
 from megatron_dmc.support.progress import Advance
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
@@ -66,7 +66,7 @@ def write_legacy(
     files = _write_frames(directory, shape, arguments, places, cut)
     for entry, kept_at in places.items():
         whole = read(entry)
-        for rank, shard in enumerate(entry.mapping.layout.shard(whole, cut.tensor_size)):
+        for rank, shard in enumerate(entry.row.layout.shard(whole, cut.tensor_size)):
             shard = shard.contiguous()
             for place in kept_at:
                 stored = files[rank, place.pipeline_rank][place.chunk][place.name]
@@ -81,7 +81,7 @@ def _places(entry: Entry, shape: MegatronShape, cut: LegacyCut) -> Iterator[_Pla
     keys = ["model"] if virtual == 1 else [f"model{stage}" for stage in range(virtual)]
     last = cut.pipeline_size - 1
     if entry.layer is None:
-        if entry.mapping.megatron == EMBEDDING_ROW:
+        if entry.row.megatron == EMBEDDING:
             yield _Place(0, keys[0], entry.megatron_name)
             if shape.config.tie_word_embeddings and last > 0:
                 yield _Place(last, keys[-1], OUTPUT_LAYER)  # the last stage holds a copy of a tied embedding
@@ -95,7 +95,7 @@ def _places(entry: Entry, shape: MegatronShape, cut: LegacyCut) -> Iterator[_Pla
 
 
 def _name_in_chunk(entry: Entry, local_layer: int, transformer_impl: str) -> str:
-    name = entry.mapping.megatron.replace("*", str(local_layer))
+    name = entry.row.megatron.replace("*", str(local_layer))
     if transformer_impl == LOCAL:
         for local, shared in LOCAL_SPEC_NAMES.items():
             name = name.replace(shared, local)
@@ -120,7 +120,7 @@ def _write_frames(
                     whole = torch.empty(entry.megatron_shape(shape), dtype=dtype)
                     for place in kept_at:
                         if place.pipeline_rank == pipeline_rank:
-                            shard = entry.mapping.layout.shard(whole, cut.tensor_size)[rank].clone()
+                            shard = entry.row.layout.shard(whole, cut.tensor_size)[rank].clone()
                             state.setdefault(place.chunk, {})[place.name] = shard
             if cut.transformer_impl == TRANSFORMER_ENGINE:
                 _add_extra_states(state)

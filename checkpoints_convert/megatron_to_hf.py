@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from checkpoints_convert.options import DEFAULTS, Options
 from checkpoints_convert.plan import plan_lines
 from checkpoints_convert.verify import check_conversion
 from megatron_dmc.checkpoint.source import MegatronSource, Source, open_source
-from megatron_dmc.models.borrowed_channel import clear_borrowed_rows
+from megatron_dmc.models.borrowed_channel import parts_without_borrowed_channels
 from megatron_dmc.models.tensors import Entry
 
 
@@ -56,7 +55,7 @@ def export_checkpoint(
         model if compresses else PlainLlama(model),
         Path(destination),
         "export",
-        facts=CardFacts(model.dmc, model.settings.iteration, measured_cr),
+        facts=CardFacts(model.dmc, model.saved.iteration, measured_cr),
         tokenizer=None if tokenizer is None else Path(tokenizer),
         options=options,
         check=partial(check_conversion, model, max_memory=options.max_memory),
@@ -85,9 +84,9 @@ class PlainLlama(Source):
         self._model = model
         self._clears = model.dmc is not None and model.dmc.stage != "off"
 
-    def parts(self, entry: Entry) -> Sequence[Tensor]:
+    def parts(self, entry: Entry) -> list[Tensor]:
         parts = self._model.parts(entry)
-        return clear_borrowed_rows(entry, parts, self.config) if self._clears else parts
+        return parts_without_borrowed_channels(entry, parts, self.config) if self._clears else parts
 
 
 def state_vocabulary(model: MegatronSource, vocab_size: int | None) -> None:

@@ -16,10 +16,12 @@ from checkpoints_convert.torch_dist_writer import write_torch_dist
 from megatron_dmc.checkpoint import companions
 from megatron_dmc.checkpoint.locate import LEGACY, RELEASE, TORCH_DIST, TRACKER
 from megatron_dmc.checkpoint.manifest import write_manifest
-from megatron_dmc.checkpoint.settings import dmc_arguments, megatron_arguments
+from megatron_dmc.checkpoint.saved_arguments import dmc_arguments
 from megatron_dmc.checkpoint.source import Source
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import VOCAB_MULTIPLE, MegatronShape, padded_vocab_size
+from megatron_dmc.models.hugging_face import to_hf_config
+from megatron_dmc.models.megatron import megatron_arguments
 from megatron_dmc.models.tensors import Entry
 from megatron_dmc.support.files import new_directory, write_text
 from megatron_dmc.support.progress import progress
@@ -101,7 +103,7 @@ def write_megatron(
     arguments = _saved_arguments(shape, source, layout)
 
     def read(entry: Entry) -> torch.Tensor:
-        return entry.mapping.layout.fuse(source.parts(entry), shape)
+        return entry.row.layout.fuse(source.parts(entry), shape)
 
     with new_directory(destination, overwrite=options.overwrite) as partial:
         weights = partial / RELEASE
@@ -112,7 +114,7 @@ def write_megatron(
             else:
                 cut = LegacyCut(layout.tensor_size, layout.chunks(shape.config.num_layers), layout.transformer_impl)
                 write_legacy(weights, shape, arguments, read, cut, advance)
-        companions.keep_companions(source.companions, weights / companions.FOLDER, source.config)
+        companions.keep_companions(source.companions, weights / companions.FOLDER, to_hf_config(source.config))
         write_manifest(weights, hashes)
         write_text(partial / TRACKER, RELEASE)
         if check is not None and options.verify:

@@ -6,7 +6,6 @@ Source: Ainslie et al., GQA (arXiv 2305.13245), section 2.1: mean-pooled project
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -62,13 +61,13 @@ class MergedHeads(Source):
         self.config = dataclasses.replace(model.config, num_kv_heads=num_kv_heads)
         self._model = model
 
-    def parts(self, entry: Entry) -> Sequence[Tensor]:
+    def parts(self, entry: Entry) -> list[Tensor]:
         original, _ = by_hf_name(self._model.config)[entry.hf_names[0]]
         parts = self._model.parts(original)
-        if entry.mapping.layout is not fusion.QKV:
+        if entry.row.layout is not fusion.QKV:
             return parts
         q, k, v = parts
-        return (q, self._averaged(k), self._averaged(v))
+        return [q, self._averaged(k), self._averaged(v)]
 
     def _averaged(self, weight: Tensor) -> Tensor:
         groups, head_dim = self.config.num_kv_heads, self.config.head_dim

@@ -16,7 +16,7 @@ from checkpoints_convert.sizes import (
     weight_bytes,
 )
 from megatron_dmc.models.fusion import MegatronShape
-from megatron_dmc.models.tensors import entries
+from megatron_dmc.models.tensors import entries, hf_name
 from megatron_dmc.support.progress import amount
 
 
@@ -28,10 +28,10 @@ def plan_lines(shape: MegatronShape, destination: Path, *, to_hugging_face: bool
         if entry.layer not in (None, 0):
             continue
         times = 1 if entry.layer is None else config.num_layers
-        names = [name for name, _ in entry.mapping.hugging_face]
+        names = [hf_name(config, part.role) for part in entry.row.parts]
         shapes = list(entry.hf_shapes(config)) if to_hugging_face else [entry.megatron_shape(shape)]
         size = sum(math.prod(one) for one in shapes) * itemsize(config)
-        left, right = entry.mapping.megatron, " + ".join(names)
+        left, right = entry.row.megatron, " + ".join(names)
         arrow = f"{left} -> {right}" if to_hugging_face else f"{right} -> {left}"
         told = " + ".join("x".join(map(str, one)) for one in shapes)
         rows.append(f"{times:>4} x {told:<24} {amount(size * times, 'B'):>8}  {arrow}")

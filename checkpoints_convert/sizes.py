@@ -10,10 +10,10 @@ import torch
 from checkpoints_convert.streams import WRITER_THREADS
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape
-from megatron_dmc.models.tensors import EMBEDDING_ROW, Entry, entries
+from megatron_dmc.models.tensors import EMBEDDING, Entry, entries
 
 # Anonymous memory of a process that has imported torch; with transformers or Megatron in it as well. Measured:
-# examples/benchmarks/convert.md.
+# examples/benchmarks/results/convert.md.
 PROCESS_BYTES = 500_000_000
 FORWARD_PROCESS_BYTES = 1_000_000_000
 
@@ -63,7 +63,7 @@ def forward_bytes(config: ModelConfig) -> ForwardBytes:
     """Peak anonymous memory of a forward pass in float32, one layer in memory at a time."""
     in_layer = [_hf_elements(entry, config) for entry in entries(config) if entry.layer == 0]
     layers = FORWARD_PROCESS_BYTES + 4 * sum(in_layer) + (4 + itemsize(config)) * max(in_layer)
-    output = next(_hf_elements(entry, config) for entry in entries(config) if entry.mapping.megatron == EMBEDDING_ROW)
+    output = next(_hf_elements(entry, config) for entry in entries(config) if entry.row.megatron == EMBEDDING)
     return ForwardBytes(layers, max(layers, FORWARD_PROCESS_BYTES + 2 * output * itemsize(config)))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from megatron_dmc.checkpoint.locate import locate
 from megatron_dmc.checkpoint.manifest import manifest_problems
 from megatron_dmc.checkpoint.source import Source, open_source
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.borrowed_channel import clear_borrowed_rows
+from megatron_dmc.models.borrowed_channel import parts_without_borrowed_channels
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.tensors import Entry, entries
 from megatron_dmc.support.errors import CheckFailed
@@ -160,9 +159,9 @@ def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> 
     return Verification(count, total, clears)
 
 
-def _parts(source: Source, entry: Entry, clear: bool) -> Sequence[Tensor]:
+def _parts(source: Source, entry: Entry, clear: bool) -> list[Tensor]:
     parts = source.parts(entry)
-    return clear_borrowed_rows(entry, parts, source.config) if clear else parts
+    return parts_without_borrowed_channels(entry, parts, source.config) if clear else parts
 
 
 def _unequal(one: Tensor, other: Tensor) -> int:

@@ -24,11 +24,13 @@ from megatron_dmc.config import BF16_IMPORTANCE_EPSILON, DMCConfig
 from megatron_dmc.methods import dmc
 from megatron_dmc.ops import decisions, kv_pooling, masked_attention
 from megatron_dmc.ops.cache_update.reference import decode
+from megatron_dmc.ops.compressed_attention import Weights
 from megatron_dmc.ops.compressed_attention.reference import compressed_attention as plain_attention
 from megatron_dmc.ops.compressed_attention.reference import rotated
+from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.kv_pooling import reference as plain_pooling
 from megatron_dmc.ops.masked_attention import reference as plain_masked_attention
-from megatron_dmc.ops.rope import cos_sin, faded_rotation, inverse_frequencies, rotate
+from megatron_dmc.ops.rope import inverse_frequencies, rotate
 from megatron_dmc.support.errors import EXIT_CHECK_FAILED, EXIT_DONE, EXIT_USER_ERROR
 from tests.inference.paged_decode import paged_decode
 from tests.tolerances import GOLDEN_GRADIENT, GOLDEN_OUTPUT, gradient_error, output_error
@@ -50,27 +52,28 @@ def full_sequence(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
     """``train_*`` with stored noise, ``eval_*`` with hard decisions."""
     config = _config(settings, FLOAT32_IMPORTANCE_EPSILON)
     noise_SBG = tensors["logistic_noise"] if settings["training"] == "1" else None
-    angles = _angles(settings)
     paths: Paths = {}
     for path in ("reference", "fast"):
         inputs = _differentiable(tensors, ("query", "key", "value"))
         q, k, v = inputs.values()
-        logits = dmc.read_logits(q, k, config)
-        weights, _ = dmc.decision_weights(*logits, noise_SBG, config)
+        geometry = _geometry(settings, q.shape[1])
+        decided = dmc.decide(*dmc.read_logits(q, k, config), geometry.first_SB, config, noise_SBG)
+        weights = Weights(decided.alpha, decided.omega, decided.key_bias)
         if path == "reference":
             pooled = plain_pooling.pool_kv(k, v, weights.alpha, weights.omega, config.window_size)
-            key = rotated(pooled[0], *angles)
-            output = plain_attention(q, k, v, weights, cos_sin_S=angles, window_size=config.window_size)
+            key = rotated(pooled[0], *geometry.cos_sin_S)
+            output = plain_attention(q, k, v, weights, geometry, window_size=config.window_size)
         else:
             pooled = kv_pooling.pool_kv(k, v, weights.alpha, weights.omega, config.window_size)
-            key = rotate(pooled[0].detach(), faded_rotation(*angles, 0.0), torch.float32)
-            output, _ = dmc.compressed_attention(q, k, v, *logits, config, cos_sin_S=angles, noise_SBG=noise_SBG)
+            key = rotate(pooled[0].detach(), geometry.rotations(0.0, torch.float32)[1], torch.float32)
+            noise = None if noise_SBG is None else lambda heads: noise_SBG
+            output, decided = dmc.DMC(config).whole(q, k, v, geometry, noise=noise)
         output = output.permute(1, 2, 0, 3)
         paths[path] = {
             "pooled_value": pooled[1],
             "rotated_pooled_key": key,
             "output": output,
-            "decision_mean_per_sequence": dmc.decision_fraction(logits[0], noise_SBG, config).mean(-1),
+            "decision_mean_per_sequence": decided.fraction().mean(-1),
             **_gradients(output, inputs, tensors["grad_output"]),
         }
     return paths
@@ -79,17 +82,18 @@ def full_sequence(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
 def decode_steps(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
     """``decode_*``: the recurrence of the cache; the full sequence with hard decisions, and the paged cache."""
     config = _config(settings, BF16_IMPORTANCE_EPSILON)
-    angles = _angles(settings)
     q, k, v = (tensors[name] for name in ("query", "key", "value"))
+    geometry = _geometry(settings, q.shape[1])
     logits = dmc.read_logits(q, k, config)
     accumulate = decisions.hard_decisions(logits[0], config.decision_threshold)
     omega = decisions.importance(logits[1], config.importance_epsilon)
+    angles = geometry.cos_sin_S
     output, lengths = decode(q, k, v, accumulate, omega, cos_sin_S=angles, window_size=config.window_size)
-    whole, hard = dmc.compressed_attention(q, k, v, *logits, config, cos_sin_S=angles, noise_SBG=None)
-    paged, paged_lengths = paged_decode(q, k, v, config, float(settings["rope_base"]))
+    whole, decided = dmc.DMC(config).whole(q, k, v, geometry)
+    paged, paged_lengths = paged_decode(q, k, v, dmc.DMC(config), float(settings["rope_base"]))
     return {
         "reference": {"output": output, "cache_length": lengths},
-        "fast": {"output": whole, "cache_length": (~hard).cumsum(0)},
+        "fast": {"output": whole, "cache_length": (~decided.hard).cumsum(0)},
         "paged": {"output": paged, "cache_length": paged_lengths},
     }
 
@@ -106,7 +110,8 @@ def evicting_attention(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
         for own_bias in (F.logsigmoid(-logits), masked_attention.HIDDEN * (logits > 0)):
             # Token j + 1 decides about token j.
             bias = F.pad(own_bias[1:], (0, 0, 0, 0, 0, 1))
-            outputs.append(attend(q, k, v, bias, free_window=int(settings["window"])).permute(1, 2, 0, 3))
+            geometry = Geometry(len(k), k.shape[1])
+            outputs.append(attend(q, k, v, bias, geometry, free_window=int(settings["window"])).permute(1, 2, 0, 3))
         soft, hard = outputs
         found = _gradients(soft, inputs, tensors["grad_output"])
         paths[path] = {"soft_output": soft, "hard_output": hard, **found}
@@ -130,9 +135,9 @@ def _config(settings: Mapping[str, str], epsilon: float) -> DMCConfig:
     )
 
 
-def _angles(settings: Mapping[str, str]) -> tuple[Tensor, Tensor]:
+def _geometry(settings: Mapping[str, str], batch: int) -> Geometry:
     frequencies = inverse_frequencies(int(settings["D"]), float(settings["rope_base"]))
-    return cos_sin(torch.arange(int(settings["S"])), frequencies)
+    return Geometry(int(settings["S"]), batch, frequencies)
 
 
 def _differentiable(tensors: Tensors, names: Sequence[str]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ ALLOWED = {
     "inference": LEAVES | {"models", "ops", "methods", "checkpoint"},
     "evaluation": LEAVES | {"models", "ops", "methods", "inference"},
     "hf": LEAVES | {"models", "ops", "methods", "inference"},
-    "checkpoints_convert": LEAVES | {"models", "checkpoint", "seam"},
+    "checkpoints_convert": LEAVES | {"models", "ops", "checkpoint", "seam"},
     "report": LEAVES | {"runs"},
     "recipes": LEAVES
     | {"models", "checkpoint", "data", "runs", "seam", "training", "inference", "evaluation", "report"}

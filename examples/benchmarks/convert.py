@@ -32,8 +32,9 @@ from checkpoints_convert.options import Options
 from checkpoints_convert.sizes import conversion_bytes, largest_layer_bytes, megatron_bytes, weight_bytes
 from checkpoints_convert.verify import verify
 from examples.benchmarks.measure import Row, add_output_argument, report
-from megatron_dmc.models.config import ModelConfig, to_hf_config
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape, padded_vocab_size
+from megatron_dmc.models.hugging_face import to_hf_config
 from megatron_dmc.models.tensors import Entry
 from megatron_dmc.support.files import sync_file, write_json
 

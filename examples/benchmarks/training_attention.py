@@ -27,10 +27,11 @@ from examples.benchmarks.measure import (
     timed,
 )
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.methods import dmc
+from megatron_dmc.methods import DMC
+from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.kv_pooling import pool_kv
 from megatron_dmc.ops.noise import logistic_noise
-from megatron_dmc.ops.rope import apply_rope, cos_sin, inverse_frequencies
+from megatron_dmc.ops.rope import apply_rope, inverse_frequencies
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 HEADS = {"MHA": (8, 8), "GQA": (8, 2)}
@@ -59,16 +60,15 @@ class Shape:
         tensors[1][..., -1] += DMCConfig.decision_bias  # decisions on both sides of 0
         return [*(x.requires_grad_() for x in tensors[:3]), tensors[3]]
 
-    def angles(self) -> tuple[Tensor, Tensor]:
-        """Rotary angles of all positions."""
-        frequencies = inverse_frequencies(self.head_dim, 10000.0).to(self.device)
-        return cos_sin(torch.arange(self.length, device=self.device), frequencies)
+    def geometry(self) -> Geometry:
+        """One sequence from position 0."""
+        return Geometry(self.length, 1, inverse_frequencies(self.head_dim, 10000.0).to(self.device))
 
 
 def stock(shape: Shape) -> Callable[[], None]:
     """Forward and backward of RoPE and causal attention as torch offers it."""
     q, k, v, grad = shape.inputs()
-    cos, sin = (x[:, None, None] for x in shape.angles())
+    cos, sin = (x[:, None, None] for x in shape.geometry().cos_sin_S)
 
     def run() -> None:
         rotated = (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
@@ -82,15 +82,14 @@ def stock(shape: Shape) -> Callable[[], None]:
 def ours(shape: Shape) -> Callable[[], None]:
     """Forward and backward of the whole operation of DMC in training."""
     q, k, v, grad = shape.inputs()
-    angles = shape.angles()
-    config = DMCConfig()
-    coordinates = (torch.arange(n, device=shape.device) for n in (1, shape.num_kv_heads, shape.length))
-    sequence, heads, positions = coordinates
+    geometry, method = shape.geometry(), DMC(DMCConfig())
+    sequence, positions = (torch.arange(n, device=shape.device) for n in (1, shape.length))
+
+    def noise(num_heads: int) -> Tensor:
+        return logistic_noise(0, 0, sequence, 0, torch.arange(num_heads, device=shape.device), positions)
 
     def run() -> None:
-        noise = logistic_noise(0, 0, sequence, 0, heads, positions)
-        logits = dmc.read_logits(q, k, config)
-        output, _ = dmc.compressed_attention(q, k, v, *logits, config, cos_sin_S=angles, noise_SBG=noise)
+        output, _ = method.whole(q, k, v, geometry, noise=noise)
         torch.autograd.grad(output, (q, k, v), grad)
 
     return run

@@ -2,10 +2,6 @@
 
 ``pickles`` describes a pickle without importing anything; ``torch_file``, ``torch_dist`` and ``legacy`` read what
 torch and Megatron write through it, ``safetensors_file`` reads safetensors. ``guard`` checks a checkpoint before
-Megatron opens it, ``settings`` tells what model it holds, ``manifest`` whether it is whole.
+Megatron opens it, ``saved_arguments`` tells what model it holds, ``manifest`` whether it is whole; ``source``
+opens it as a model whose tensors are read one by one.
 """
-
-from megatron_dmc.checkpoint.guard import check_checkpoint
-from megatron_dmc.checkpoint.settings import MegatronSettings, read_megatron_settings
-
-__all__ = ["MegatronSettings", "check_checkpoint", "read_megatron_settings"]

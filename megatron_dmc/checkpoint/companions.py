@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.checkpoint.bounded import read_json
-from megatron_dmc.models.config import ModelConfig, to_hf_config
 from megatron_dmc.support.files import write_json
 
 FOLDER = "hugging_face"
@@ -22,6 +21,7 @@ COMPANION_NAMES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 """The names that transformers gives to the files beside config.json and the weights."""
@@ -39,10 +39,10 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def keep_companions(source: Path, folder: Path, config: ModelConfig) -> None:
-    """Keep what Megatron has no place for in a new folder: the tokenizer's files, and a configuration with ids."""
+def keep_companions(source: Path, folder: Path, config_json: dict[str, Any]) -> None:
+    """Keep what Megatron has no place for in a new folder: the tokenizer's files, and ``config.json`` with ids."""
     folder.mkdir()
-    write_json(folder / "config.json", to_hf_config(config, **token_ids(source)))
+    write_json(folder / "config.json", config_json | token_ids(source))
     for path in companion_files(source):
         shutil.copyfile(path, folder / path.name)
 

@@ -8,11 +8,15 @@ from pathlib import Path
 from megatron_dmc.checkpoint.bounded import confined, read_json
 from megatron_dmc.checkpoint.safetensors_file import read_safetensors_header
 from megatron_dmc.checkpoint.torch_file import StoredTensor
-from megatron_dmc.models.config import DTYPES, parse_hf_config, read_config_json
-from megatron_dmc.models.tensors import EMBEDDING, IGNORED_SUFFIX, LM_HEAD, by_hf_name, check_names
+from megatron_dmc.models.config import DTYPES
+from megatron_dmc.models.hugging_face import parse_hf_config, read_config_json
+from megatron_dmc.models.tensors import by_hf_name, check_names, hf_name
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+# Buffers that old transformers saved; they follow from config.json.
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
 class HuggingFaceDirectory:
@@ -32,17 +36,18 @@ class HuggingFaceDirectory:
         self.directory = directory
         self.config_json = read_config_json(directory)
         config, self.dmc = parse_hf_config(self.config_json)
-        found = {name: tensor for name, tensor in _all_tensors(directory).items() if not name.endswith(IGNORED_SUFFIX)}
-        if config.tie_word_embeddings and LM_HEAD in found and EMBEDDING in found:
-            _check_tied(found.pop(LM_HEAD), found[EMBEDDING])
+        found = {name: tensor for name, tensor in _all_tensors(directory).items() if not name.endswith(_IGNORED_SUFFIX)}
+        embedding, head = hf_name(config, "embedding"), hf_name(config, "output")
+        if config.tie_word_embeddings and head in found and embedding in found:
+            _check_tied(head, found.pop(head), embedding, found[embedding])
         expected = by_hf_name(config)
         check_names(found, expected, str(directory))
-        dtype = found[EMBEDDING].dtype
+        dtype = found[embedding].dtype
         for name, (entry, place) in expected.items():
             shape = entry.hf_shapes(config)[place]
             if found[name].shape != shape or found[name].dtype != dtype:
                 raise ValueError(
-                    f"{name} is {found[name].dtype} of shape {found[name].shape}: config.json and {EMBEDDING} ask for "
+                    f"{name} is {found[name].dtype} of shape {found[name].shape}: config.json and {embedding} ask for "
                     f"{dtype} of shape {shape}"
                 )
         stored = str(dtype).removeprefix("torch.")
@@ -68,6 +73,6 @@ def _all_tensors(directory: Path) -> dict[str, StoredTensor]:
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
+def _check_tied(head_name: str, head: StoredTensor, embedding_name: str, embedding: StoredTensor) -> None:
     if head.dtype != embedding.dtype or head.shape != embedding.shape or not head.read().equal(embedding.read()):
-        raise ValueError(f"config.json ties the embeddings, but {LM_HEAD} differs from {EMBEDDING}")
+        raise ValueError(f"config.json ties the embeddings, but {head_name} differs from {embedding_name}")

@@ -13,18 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file
+from megatron_dmc.models.tensors import EMBEDDING, LOCAL_SPEC_NAMES, OUTPUT_LAYER
 
 FILE_NAME = "model_optim_rng.pt"
-EMBEDDING = "embedding.word_embeddings.weight"
 
 _RANK = re.compile(r"mp_rank_(?P<tensor>[0-9]{2})(_(?P<pipeline>[0-9]{3}))?")
 _LAYER = re.compile(r"decoder\.layers\.(?P<layer>[0-9]+)\.(?P<rest>.+)")
-
-# Norms of the local spec, under the names of Transformer Engine's and of torch_dist.
-LOCAL_SPEC_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 
 
 def rank_directory(tensor_rank: int, pipeline_rank: int, pipeline_size: int) -> str:
@@ -99,7 +93,7 @@ class LegacyCheckpoint:
                 self._collect(whole, shards, first_layer, is_first=pipeline == 0 and chunk == 0)
                 first_layer += len({match["layer"] for name in shards[0] if (match := _LAYER.fullmatch(name))})
         if EMBEDDING not in whole:
-            raise ValueError(f"{self.directory} holds no {EMBEDDING}: not a Llama of Megatron")
+            raise ValueError(f"{self.directory} holds no {EMBEDDING}: not a language model of Megatron")
         return whole
 
     def _collect(
@@ -111,7 +105,7 @@ class LegacyCheckpoint:
             if match is not None:
                 rest = LOCAL_SPEC_NAMES.get(match["rest"], match["rest"])
                 full = f"decoder.layers.{layer + int(match['layer'])}.{rest}"
-            elif name.startswith("output_layer.") and self._ties_embeddings and not is_first:
+            elif name == OUTPUT_LAYER and self._ties_embeddings and not is_first:
                 continue  # the last stage's copy of the embedding
             if full in whole:
                 raise ValueError(f"{self.directory} holds {full} twice")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,14 +13,13 @@ from megatron_dmc.checkpoint.companions import FOLDER
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
-from megatron_dmc.checkpoint.settings import MegatronSettings, settings_from_state
+from megatron_dmc.checkpoint.saved_arguments import SavedArguments, arguments_from_state
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape
-from megatron_dmc.models.tensors import Entry, by_hf_name, check_names, entries
+from megatron_dmc.models.tensors import EMBEDDING, Entry, by_hf_name, check_names, entries
 
-_EMBEDDING = "embedding.word_embeddings.weight"
 # Not part of the model: what Megatron keeps for the optimizer, the random state and the run.
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
 
@@ -40,10 +38,10 @@ class Source(ABC):
     companions: Path
     config: ModelConfig
     dmc: DMCConfig | None
-    _last: tuple[Entry, Sequence[Tensor]] | None = None
+    _last: tuple[Entry, list[Tensor]] | None = None
 
     @abstractmethod
-    def parts(self, entry: Entry) -> Sequence[Tensor]:
+    def parts(self, entry: Entry) -> list[Tensor]:
         """The Hugging Face tensors of an entry of the table."""
 
     def names(self) -> list[str]:
@@ -65,7 +63,7 @@ def open_source(path: Path | str) -> HuggingFaceSource | MegatronSource:
     Nothing in it is executed; see ``megatron_dmc.checkpoint``.
 
     Raises:
-        ValueError: no checkpoint, a damaged or hostile one, another model than a Llama, missing or unknown tensors.
+        ValueError: no checkpoint, a damaged or hostile one, another kind of model, missing or unknown tensors.
     """
     location = locate(path)
     return HuggingFaceSource(location.directory) if location.format == HUGGING_FACE else MegatronSource(location)
@@ -79,7 +77,7 @@ class HuggingFaceSource(Source):
         self.files = HuggingFaceDirectory(directory)
         self.config, self.dmc = self.files.config, self.files.dmc
 
-    def parts(self, entry: Entry) -> Sequence[Tensor]:
+    def parts(self, entry: Entry) -> list[Tensor]:
         return [self.tensor(name) for name in entry.hf_names]
 
     def tensor(self, name: str) -> Tensor:
@@ -90,7 +88,7 @@ class MegatronSource(Source):
     """A Megatron checkpoint.
 
     Attributes:
-        settings: its saved arguments and what follows from them.
+        saved: its saved arguments and what follows from them.
         shape: the model with its padded vocabulary.
         states_vocab_size: whether it tells how many rows of the embedding are real.
     """
@@ -105,13 +103,13 @@ class MegatronSource(Source):
         else:
             self._weights = _TorchDistWeights(TorchDistCheckpoint(self.directory))
         padded = self._weights.padded_vocab_size()
-        self.settings: MegatronSettings = settings_from_state(
+        self.saved: SavedArguments = arguments_from_state(
             self._weights.common_state(), padded, str(location.directory), location.iteration
         )
-        self.states_vocab_size = type(self.settings.args.get("vocab_size")) is int
+        self.states_vocab_size = type(self.saved.args.get("vocab_size")) is int
         dtype = str(self._weights.dtype()).removeprefix("torch.")
-        self.config = dataclasses.replace(self.settings.config, dtype=dtype)
-        self.dmc = self.settings.dmc
+        self.config = dataclasses.replace(self.saved.config, dtype=dtype)
+        self.dmc = self.saved.dmc
         self.shape = MegatronShape(self.config, padded)
         self._weights.check(self.shape)
 
@@ -130,8 +128,8 @@ class MegatronSource(Source):
         self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
         self.shape = MegatronShape(self.config, self.shape.padded_vocab_size)
 
-    def parts(self, entry: Entry) -> Sequence[Tensor]:
-        return entry.mapping.layout.split(self.fused(entry), self.shape)
+    def parts(self, entry: Entry) -> list[Tensor]:
+        return list(entry.row.layout.split(self.fused(entry), self.shape))
 
     def fused(self, entry: Entry) -> Tensor:
         """Megatron's tensor for an entry, over all its ranks."""
@@ -146,14 +144,14 @@ class _TorchDistWeights:
     def __init__(self, checkpoint: TorchDistCheckpoint) -> None:
         self.checkpoint = checkpoint
         self.common_state = checkpoint.common_state
-        if _EMBEDDING not in checkpoint.tensors:
-            raise ValueError(f"{checkpoint.directory} holds no {_EMBEDDING}: not a Llama of Megatron")
+        if EMBEDDING not in checkpoint.tensors:
+            raise ValueError(f"{checkpoint.directory} holds no {EMBEDDING}: not a language model of Megatron")
 
     def padded_vocab_size(self) -> int:
-        return self.checkpoint.tensors[_EMBEDDING].shape[0]
+        return self.checkpoint.tensors[EMBEDDING].shape[0]
 
     def dtype(self) -> torch.dtype:
-        return self.checkpoint.tensors[_EMBEDDING].dtype
+        return self.checkpoint.tensors[EMBEDDING].dtype
 
     def check(self, shape: MegatronShape) -> None:
         """Names, shapes and types of every tensor."""
@@ -170,7 +168,7 @@ class _TorchDistWeights:
         return self.checkpoint.read(entry.stacked_name, entry.layer)
 
     def embedding_row(self, row: int) -> Tensor:
-        return self.checkpoint.read(_EMBEDDING, row)
+        return self.checkpoint.read(EMBEDDING, row)
 
 
 class _LegacyWeights:
@@ -181,7 +179,7 @@ class _LegacyWeights:
         self.padded_vocab_size = checkpoint.padded_vocab_size
 
     def dtype(self) -> torch.dtype:
-        return self.tensors[_EMBEDDING][0].dtype
+        return self.tensors[EMBEDDING][0].dtype
 
     def check(self, shape: MegatronShape) -> None:
         """Names, shapes and types of every tensor."""
@@ -191,15 +189,15 @@ class _LegacyWeights:
             shards = self.tensors[entry.megatron_name]
             # On the meta device: the layout itself says what shards a whole tensor has.
             whole = torch.empty(entry.megatron_shape(shape), device="meta")
-            for rank, cut in enumerate(entry.mapping.layout.shard(whole, len(shards))):
+            for rank, cut in enumerate(entry.row.layout.shard(whole, len(shards))):
                 _check_shape(f"{entry.megatron_name} of tensor rank {rank}", shards[rank].shape, tuple(cut.shape))
                 _check_dtype(entry.megatron_name, shards[rank].dtype, self.dtype())
 
     def read(self, entry: Entry) -> Tensor:
-        return entry.mapping.layout.unshard([shard.read() for shard in self.tensors[entry.megatron_name]])
+        return entry.row.layout.unshard([shard.read() for shard in self.tensors[entry.megatron_name]])
 
     def embedding_row(self, row: int) -> Tensor:
-        shards = self.tensors[_EMBEDDING]
+        shards = self.tensors[EMBEDDING]
         rank, place = divmod(row, shards[0].shape[0])
         return shards[rank].rows(place, place + 1).read()[0]
 

@@ -59,14 +59,19 @@ def run(args: argparse.Namespace) -> int:
     engine = Engine(model, max_sequences=args.max_sequences, block_size=args.block_size, num_blocks=args.num_blocks)
     _say_what_was_taken(args, tokenizer, ends)
     _generate(engine, requests)
+    failed = [request for request in requests if request.error]
+    if len(failed) == len(requests):
+        raise ValueError(failed[0].error)
     texts = _texts(requests, tokenizer)
     usage = CacheUsage.total([request.usage for request in requests if request.usage is not None])
     if args.json:
         print(json.dumps(_result(args, zip(prompts, texts, requests, strict=True), tokenizer, ends, usage), indent=2))
-        return 0
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(prompt + text, end="\n\n")
-    print(usage.summary())
+    else:
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(prompt + text, end="\n\n")
+        print(usage.summary())
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(requests)} prompts failed: {failed[0].error}")
     return 0
 
 
@@ -134,6 +139,7 @@ def _result(
                 "text": text,
                 "tokens": request.output,
                 "finish_reason": request.finish_reason,
+                "error": request.error or None,
                 "cache": request.usage.to_dict() if request.usage else None,
             }
             for prompt, text, request in answers

@@ -31,6 +31,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: the stored one)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--block-size", type=int, default=16, help="entries per block of the cache (default: 16)")
+    parser.add_argument(
+        "--policy", metavar="NAME", help="keep the cache of any model by a policy that needs no training; with --budget"
+    )
+    parser.add_argument("--budget", type=int, help="entries per head that the policy keeps")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -44,7 +48,11 @@ def open_model(args: argparse.Namespace) -> tuple[Decoder, Path]:
 
     from megatron_dmc.checkpoint.source import open_source
     from megatron_dmc.inference.decoder.decoder import Decoder
+    from megatron_dmc.methods import policy
 
+    if (args.policy is None) != (args.budget is None):
+        raise ValueError("--policy and --budget belong together: give both, or neither for the model's own method")
+    method = None if args.policy is None else policy(args.policy, args.budget)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -52,7 +60,7 @@ def open_model(args: argparse.Namespace) -> tuple[Decoder, Path]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; cpu always works") from error
     source = open_source(args.model)
-    return Decoder(source, dtype=args.dtype, device=device), source.companions
+    return Decoder(source, dtype=args.dtype, device=device, method=method), source.companions
 
 
 def open_tokenizer(args: argparse.Namespace, companions: Path, vocab_size: int) -> Tokenizer:

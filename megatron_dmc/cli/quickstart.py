@@ -87,7 +87,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _check_model(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuse a model that is no Llama, or that this machine cannot train."""
-    from megatron_dmc.models.config import parse_hf_config
+    from megatron_dmc.models.hugging_face import parse_hf_config
     from megatron_dmc.recipes.estimate import estimate, measure_peak_flops, refuse_what_cannot_fit
 
     config, dmc = parse_hf_config(args.hf_model)

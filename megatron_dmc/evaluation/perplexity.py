@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.evaluation.agreement import Agreement
-from megatron_dmc.evaluation.scores import Advance, Scores, score_decode, score_whole
+from megatron_dmc.evaluation.scores import Scores, score_decode, score_whole
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.support.progress import Advance
 
 TEACHER_FORCED, DECODE, BOTH = "teacher-forced", "decode", "both"
 PATHS = (TEACHER_FORCED, DECODE, BOTH)
@@ -213,6 +214,8 @@ class _Sums:
 def _check(model: Decoder, token_NT: Tensor, path: str, batch_size: int, prefill_length: int) -> None:
     if path not in PATHS:
         raise ValueError(f"path={path!r}: must be one of {', '.join(PATHS)}")
+    if path != DECODE and not model.method.has_whole_form:
+        raise ValueError(f"path={path!r}: {model.method.name} decides token by token, measure it with path={DECODE!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
     seq_length = token_NT.shape[1] - 1

@@ -5,7 +5,6 @@ Legend: S sequence, B batch, L layers, G KV heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,10 @@ from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.decoder.layer_attention import DecisionTrace
+from megatron_dmc.support.progress import Advance
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits that exist at one time: 64 MiB in float32."""
-
-Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -76,25 +74,32 @@ def score_decode(
     inputs_SB = token_TB[:-1]
     sequence_length, batch = inputs_SB.shape
     cache = model.new_cache(batch, block_size=block_size)
-    rows_B = cache.add_sequences(batch)
+    rows = cache.add_sequences(batch)
     hidden, traces = [], []
     entries_S = torch.full((sequence_length,), -1, device=token_TB.device)
-    for position in range(max(prefill_length - 1, 0), sequence_length):
-        traces.append(DecisionTrace())
-        if position < prefill_length:
-            length_B = torch.full((batch,), prefill_length, device=token_TB.device)
-            hidden.append(model.prefill(inputs_SB[:prefill_length], length_B, cache, rows_B, traces[-1]))
-        else:
-            hidden.append(model.decode(inputs_SB[position], cache, rows_B, traces[-1]).unsqueeze(0))
-        entries_S[position] = cache.cache_seqlens.sum()
+    position = 0
+    while position < sequence_length:
+        count = max(prefill_length, 1) if position == 0 else 1
+        token_SB = inputs_SB[position : position + count]
+        trace = DecisionTrace()
+        hidden_TH = model.read(token_SB.T.flatten(), [count] * batch, cache, rows, trace=trace)
+        hidden.append(_unpacked(hidden_TH, batch))
+        traces.append([[_unpacked(x, batch) for x in layers] for layers in (trace.logits, trace.alpha)])
+        position += count
+        entries_S[position - 1] = cache.cache_seqlens.sum()
         if advance is not None:
-            advance(batch * len(hidden[-1]))
+            advance(batch * count)
     log_prob_SB = _next_log_probs(model, torch.cat(hidden), token_TB[1:])
-    stacked = [_stacked(trace) for trace in traces]
     logit_LSBG, alpha_LSBG = (
-        None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*stacked, strict=True)
+        torch.cat([torch.stack(layers) for layers in passes], dim=1) if passes[0] else None
+        for passes in zip(*traces, strict=True)
     )
-    return Scores(log_prob_SB, logit_LSBG, alpha_LSBG, entries_S, CacheUsage.of(cache, rows_B))
+    return Scores(log_prob_SB, logit_LSBG, alpha_LSBG, entries_S, CacheUsage.of(cache, rows))
+
+
+def _unpacked(packed: Tensor, batch: int) -> Tensor:
+    """[S, B, ...] from equally long sequences that are packed one after the other."""
+    return packed.unflatten(0, (batch, -1)).transpose(0, 1)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
 from megatron_dmc.inference.cache.usage import CacheUsage
+from megatron_dmc.methods import method_of
 
 
 class DMCCache(Cache):
@@ -26,38 +27,38 @@ class DMCCache(Cache):
 
     def __init__(self, config: DMCLlamaConfig, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
         super().__init__(layers=[_LayerView(self) for _ in range(config.num_hidden_layers)])
-        self.shape, self.settings, self.block_size = config.shape(), config.settings(), block_size
+        self.shape, self.method, self.block_size = config.shape(), method_of(config.settings()), block_size
         self.num_columns = 0
         """Columns of ``input_ids`` that were read, padding included."""
         self.paged: PagedKVCache | None = None
-        self.rows_B: Tensor | None = None
+        self.rows: list[int] = []
 
-    def prepare(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[PagedKVCache, Tensor]:
+    def prepare(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[PagedKVCache, list[int]]:
         """The memory and the rows of the batch, made on the first call.
 
         Raises:
             ValueError: the cache holds a batch of another size.
         """
-        if self.paged is None or self.rows_B is None:
+        if self.paged is None:
             shape = CacheShape(
                 num_layers=self.shape.num_layers,
                 num_kv_heads=self.shape.num_kv_heads,
                 head_dim=self.shape.head_dim,
                 dtype=dtype,
-                window_size=self.settings.window_size if self.settings.compresses else None,
+                state=self.method.state(self.shape.head_dim),
                 block_size=self.block_size,
             )
             self.paged = PagedKVCache(shape, batch, device=device)
-            self.rows_B = self.paged.add_sequences(batch)
-        if len(self.rows_B) != batch:
-            raise ValueError(f"the cache holds {len(self.rows_B)} sequences, {batch} were given: use a new cache")
-        return self.paged, self.rows_B
+            self.rows = self.paged.add_sequences(batch)
+        if len(self.rows) != batch:
+            raise ValueError(f"the cache holds {len(self.rows)} sequences, {batch} were given: use a new cache")
+        return self.paged, self.rows
 
     def usage(self) -> CacheUsage:
         """What the cache holds: entries and bytes, beside those of an uncompressed cache."""
-        if self.paged is None or self.rows_B is None:
+        if self.paged is None:
             raise ValueError("the cache is empty: nothing was read yet")
-        return CacheUsage.of(self.paged, self.rows_B)
+        return CacheUsage.of(self.paged, self.rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read so far, which set positions; not the number of entries (see :meth:`usage`)."""
@@ -65,8 +66,7 @@ class DMCCache(Cache):
 
     def reset(self) -> None:
         """Give all memory back."""
-        self.paged = self.rows_B = None
-        self.num_columns = 0
+        self.paged, self.rows, self.num_columns = None, [], 0
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse("crop (assisted decoding)")

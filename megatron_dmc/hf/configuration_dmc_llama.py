@@ -7,7 +7,9 @@ from typing import Any
 from transformers import LlamaConfig
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import DMC_MODEL_TYPE, ModelConfig, parse_hf_config, to_hf_config
+from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.models.families import LLAMA
+from megatron_dmc.models.hugging_face import FIXED_SETTINGS, READ_SETTINGS, parse_hf_config
 
 
 class DMCLlamaConfig(LlamaConfig):
@@ -21,7 +23,7 @@ class DMCLlamaConfig(LlamaConfig):
         ValueError: settings of another schema version, unknown, or out of range.
     """
 
-    model_type = DMC_MODEL_TYPE
+    model_type = LLAMA.dmc_model_type
 
     def __init__(self, dmc: dict[str, Any] | None = None, **llama: Any) -> None:
         self.dmc = (DMCConfig() if dmc is None else DMCConfig.from_dict(dmc)).to_dict()
@@ -38,18 +40,6 @@ class DMCLlamaConfig(LlamaConfig):
             ValueError: a setting that changes what Llama computes and is not supported.
         """
         given = self.to_dict()
-        known = to_hf_config(_ANY_SHAPE, DMCConfig()).keys() - {"rope_theta", "rope_scaling", "torch_dtype"}
-        llama, _ = parse_hf_config({name: given[name] for name in {*known, "rope_parameters"} if name in given})
-        return llama
-
-
-_ANY_SHAPE = ModelConfig(
-    hidden_size=1,
-    num_layers=1,
-    num_attention_heads=1,
-    num_kv_heads=1,
-    head_dim=2,
-    ffn_hidden_size=1,
-    vocab_size=1,
-    max_position_embeddings=1,
-)
+        names = READ_SETTINGS | FIXED_SETTINGS.keys()
+        config, _ = parse_hf_config({name: given[name] for name in names if name in given})
+        return config

@@ -1,8 +1,9 @@
 """Llama with a compressed cache for transformers: its modules and weights, our attention between the projections.
 
-A forward pass takes hard decisions; it equals decoding token by token. Padding is honoured on either side.
+A forward pass takes hard decisions; it equals decoding token by token. Padding is honoured on either side: the tokens
+of all rows are packed one row after the other before the first layer, and go back to their places behind the last.
 
-Legend: S sequence, B batch, H hidden size, N query heads, G KV heads, D head dim.
+Legend: S columns, B batch, H hidden size, T packed tokens.
 """
 
 from __future__ import annotations
@@ -17,25 +18,20 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from megatron_dmc.hf.cache_dmc_llama import DMCCache
 from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
-from megatron_dmc.inference.decoder.layer_attention import (
-    Attention,
-    AttentionSettings,
-    DecodeAttention,
-    FullSequenceAttention,
-    PrefillAttention,
-)
+from megatron_dmc.inference.decoder.layer_attention import Attention, CachedAttention, WholeAttention
+from megatron_dmc.methods import method_of
+from megatron_dmc.methods.step import Step
+from megatron_dmc.ops.rope import inverse_frequencies
 
 
 class DMCLlamaAttention(LlamaAttention):
-    """Llama's projections around one of the three ways through attention."""
+    """Llama's projections around attention over packed tokens."""
 
     def forward(self, hidden_states: Tensor, *, dmc_attention: Attention, **unused: Any) -> tuple[Tensor, None]:
         """``dmc_attention`` comes through the decoder layer from :meth:`DMCLlamaModel.forward`."""
-        hidden_SBH = hidden_states.transpose(0, 1)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_SBND, k_SBGD, v_SBGD = (project(hidden_SBH).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        output_SBND = dmc_attention(self.layer_idx, q_SBND, k_SBGD, v_SBGD)
-        return self.o_proj(output_SBND.flatten(2)).transpose(0, 1), None
+        q, k, v = (project(hidden_states[0]).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        return self.o_proj(dmc_attention(self.layer_idx, q, k, v).flatten(-2)).unsqueeze(0), None
 
 
 class DMCLlamaModel(LlamaModel):
@@ -47,7 +43,7 @@ class DMCLlamaModel(LlamaModel):
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             layer.self_attn = DMCLlamaAttention(config, index)
-        self.shape, self.settings = config.shape(), config.settings()
+        self.shape, self.method = config.shape(), method_of(config.settings())
         self.post_init()
 
     def forward(
@@ -68,7 +64,7 @@ class DMCLlamaModel(LlamaModel):
             input_ids, inputs_embeds: one of them, [B, S] or [B, S, H].
             attention_mask: [B, tokens so far + S]; zeros (padding) before or after the tokens of a row, not between.
             position_ids: not needed, positions count the tokens of each row; other positions are refused.
-            past_key_values: a :class:`DMCCache`; with tokens in it these are read one by one.
+            past_key_values: a :class:`DMCCache`; the tokens follow those in it.
             use_cache: make a cache if none is given (default: as the configuration says, never in training mode).
 
         Raises:
@@ -87,59 +83,50 @@ class DMCLlamaModel(LlamaModel):
             use_cache = self.config.use_cache and not self.training
         cache = DMCCache(self.config) if use_cache and past_key_values is None else past_key_values
         if cache is not None and cache.num_columns:
-            states = self._decode(hidden_BSH, attention_mask, cache)
+            shown_BS = _all_shown(attention_mask, hidden_BSH)
         else:
-            states = self._read(hidden_BSH, attention_mask, position_ids, cache)
-        if cache is not None:
-            cache.num_columns += hidden_BSH.shape[1]
+            shown_BS = _shown(attention_mask, position_ids, hidden_BSH)
+        states = self._read(hidden_BSH, shown_BS, cache)
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
             past_key_values=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
-    def _read(
-        self, hidden_BSH: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: DMCCache | None
-    ) -> list[Tensor]:
-        """Whole sequences; with a cache it holds them afterwards."""
-        batch, sequence_length = hidden_BSH.shape[:2]
-        start_B, length_B = _spans(mask, hidden_BSH)
-        column_S = torch.arange(sequence_length, device=hidden_BSH.device)
-        _check_positions(position_ids, column_S - start_B.unsqueeze(1), length_B)
-        # Each row is turned round so that its tokens come first and its padding last: position is then column.
-        hidden_BSH = _turned(hidden_BSH, column_S + start_B.unsqueeze(1))
-        whole = FullSequenceAttention(self._settings_on(hidden_BSH.device), sequence_length)
-        attention: Attention = whole
-        if cache is not None:
-            paged, rows_B = cache.prepare(batch, hidden_BSH.dtype, hidden_BSH.device)
-            attention = PrefillAttention(whole, paged, rows_B, length_B)
-            paged.num_tokens[rows_B] = length_B
-        return [_turned(states, column_S - start_B.unsqueeze(1)) for states in self._layers(hidden_BSH, attention)]
+    def _read(self, hidden_BSH: Tensor, shown_BS: Tensor, cache: DMCCache | None) -> list[Tensor]:
+        """Hidden states before each layer, and those after the last norm; those of padding are 0."""
+        counts = shown_BS.sum(dim=1).tolist()
+        frequencies = inverse_frequencies(self.shape.head_dim, self.shape.rope_theta, self.shape.rope_scaling)
+        frequencies = frequencies.to(hidden_BSH.device)
+        if cache is None:
+            whole = Step(range(len(counts)), [0] * len(counts), counts, frequencies)
+            states = self._layers(hidden_BSH[shown_BS], _Packed(WholeAttention(self.method, whole.geometry)))
+        else:
+            paged, rows = cache.prepare(len(counts), hidden_BSH.dtype, hidden_BSH.device)
+            paged.reserve(rows, counts)
+            step = Step(rows, [paged.num_tokens[row] for row in rows], counts, frequencies)
+            states = self._layers(hidden_BSH[shown_BS], CachedAttention(self.method, paged, step))
+            paged.commit(step)
+            cache.num_columns += hidden_BSH.shape[1]
+        return [hidden_BSH.new_zeros(hidden_BSH.shape).index_put((shown_BS,), state) for state in states]
 
-    def _decode(self, hidden_BSH: Tensor, mask: Tensor | None, cache: DMCCache) -> list[Tensor]:
-        """The next tokens of each sequence, one by one."""
-        batch, sequence_length = hidden_BSH.shape[:2]
-        if mask is not None and not mask[:, -sequence_length:].all():
-            raise ValueError("attention_mask hides tokens that follow those in the cache: only a first pass is padded")
-        paged, rows_B = cache.prepare(batch, hidden_BSH.dtype, hidden_BSH.device)
-        settings = self._settings_on(hidden_BSH.device)
-        steps = []
-        for column in range(sequence_length):
-            attention = DecodeAttention(settings, paged, rows_B)
-            steps.append(self._layers(hidden_BSH[:, column : column + 1], attention))
-            paged.num_tokens[rows_B] += 1
-        return [torch.cat(states, dim=1) for states in zip(*steps, strict=True)]
-
-    def _layers(self, hidden_BSH: Tensor, attention: Attention) -> list[Tensor]:
-        """Hidden states before each layer, and those after the last norm."""
+    def _layers(self, hidden_TH: Tensor, attention: Attention) -> list[Tensor]:
         states = []
+        hidden_1TH = hidden_TH.unsqueeze(0)
         for layer in self.layers:
-            states.append(hidden_BSH)
-            hidden_BSH = layer(hidden_BSH, dmc_attention=attention)
-        return [*states, self.norm(hidden_BSH)]
+            states.append(hidden_1TH[0])
+            hidden_1TH = layer(hidden_1TH, dmc_attention=attention)
+        return [*states, self.norm(hidden_1TH)[0]]
 
-    def _settings_on(self, device: torch.device) -> AttentionSettings:
-        return AttentionSettings(self.shape, self.settings, device)
+
+class _Packed:
+    """Whole sequences as one row of packed tokens, [T, ...]."""
+
+    def __init__(self, attention: WholeAttention) -> None:
+        self._attention = attention
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attention(layer, *(x.unsqueeze(1) for x in (q, k, v))).squeeze(1)
 
 
 class DMCLlamaForCausalLM(LlamaForCausalLM):
@@ -172,33 +159,29 @@ class DMCLlamaForCausalLM(LlamaForCausalLM):
         raise ValueError("continuous batching of transformers keeps one length per request: use megatron_dmc's engine")
 
 
-def _spans(mask: Tensor | None, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
-    """First column and number of the tokens of each row, int64 [B]."""
-    batch, sequence_length = hidden_BSH.shape[:2]
-    if mask is None:
-        whole_B = torch.full((batch,), sequence_length, device=hidden_BSH.device)
-        return torch.zeros_like(whole_B), whole_B
-    if mask.shape != (batch, sequence_length):
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: must be {(batch, sequence_length)}")
-    shown_BS = mask.bool()
-    length_B = shown_BS.sum(dim=1)
-    start_B = shown_BS.int().argmax(dim=1)
-    column_S = torch.arange(sequence_length, device=mask.device)
-    expected_BS = (column_S >= start_B.unsqueeze(1)) & (column_S < (start_B + length_B).unsqueeze(1))
-    if not length_B.all() or not torch.equal(shown_BS, expected_BS):
+def _shown(mask: Tensor | None, position_ids: Tensor | None, hidden_BSH: Tensor) -> Tensor:
+    """bool [B, S]: which columns of a first pass hold tokens; padding stands before or after them."""
+    shown_BS = torch.ones(hidden_BSH.shape[:2], dtype=torch.bool, device=hidden_BSH.device)
+    if mask is not None:
+        if mask.shape != shown_BS.shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: must be {tuple(shown_BS.shape)}")
+        shown_BS = mask.bool()
+    position_BS = shown_BS.cumsum(dim=1) - 1
+    first_B1, last_B1 = shown_BS.int().argmax(dim=1, keepdim=True), position_BS[:, -1:]
+    column_S = torch.arange(shown_BS.shape[1], device=shown_BS.device)
+    expected_BS = (column_S >= first_B1) & (column_S <= first_B1 + last_B1)
+    if not shown_BS.any(dim=1).all() or not torch.equal(shown_BS, expected_BS):
         raise ValueError("attention_mask has a row without tokens or with a hole: padding goes before or after a text")
-    return start_B, length_B
+    if position_ids is not None:
+        given_BS = position_ids.expand_as(position_BS)
+        if not torch.equal(given_BS[shown_BS], position_BS[shown_BS]):
+            raise ValueError("position_ids must count the tokens of each row from 0: leave them out")
+    return shown_BS
 
 
-def _check_positions(position_ids: Tensor | None, position_BS: Tensor, length_B: Tensor) -> None:
-    if position_ids is None:
-        return
-    is_token_BS = (position_BS >= 0) & (position_BS < length_B.unsqueeze(1))
-    if not torch.equal(position_ids.expand_as(position_BS)[is_token_BS], position_BS[is_token_BS]):
-        raise ValueError("position_ids must count the tokens of each row from 0: leave them out")
-
-
-def _turned(hidden_BSH: Tensor, column_BS: Tensor) -> Tensor:
-    """Rows read from other columns, which wrap around."""
-    index_BS1 = (column_BS % hidden_BSH.shape[1]).unsqueeze(-1)
-    return hidden_BSH.gather(1, index_BS1.expand(hidden_BSH.shape))
+def _all_shown(mask: Tensor | None, hidden_BSH: Tensor) -> Tensor:
+    """bool [B, S], all True: tokens that follow others stand without padding."""
+    sequence_length = hidden_BSH.shape[1]
+    if mask is not None and not mask[:, -sequence_length:].all():
+        raise ValueError("attention_mask hides tokens that follow those in the cache: only a first pass is padded")
+    return torch.ones(hidden_BSH.shape[:2], dtype=torch.bool, device=hidden_BSH.device)

@@ -1,41 +1,43 @@
-"""Text from prompts: schedule, run the model, post-process."""
+"""Text from prompts: schedule, run the model, post-process.
+
+The scheduler decides who reads, the cache remembers, the model runner computes; here they meet.
+
+Legend: B requests of a batch, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_dmc.inference.cache.allocator import OutOfBlocks
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
-from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
-from megatron_dmc.inference.request import Request
+from megatron_dmc.inference.model_runner import ModelRunner
+from megatron_dmc.inference.request import FinishReason, Request
 from megatron_dmc.inference.sampling import SamplingParams, sample
+from megatron_dmc.inference.scheduler import DEFAULT_PREFILL_TOKENS, Batch, Scheduler
 
 DEFAULT_MAX_SEQUENCES = 32
-MAX_PREFILL_TOKENS = 16384
-"""Prompts are read together as long as their number times the longest stays below; a longer one is read alone."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Requests that the model reads together: whole prompts, or the newest token of each."""
-
-    requests: list[Request]
-    is_prefill: bool
 
 
 class Engine:
     """Continues prompts of different lengths together; a request that is done makes room for one that waits.
+
+    Where a cache of fixed size is full, the newest request gives its memory back, waits, and is read again later; its
+    text is the same. Only a request that does not fit alone fails.
 
     Args:
         model: to decode with.
         max_sequences: requests in the cache at once.
         block_size: entries per block of the cache.
         num_blocks: blocks of the cache; None lets it grow.
+        prefill_tokens: tokens of prompts per pass.
+
+    Raises:
+        ValueError: a size below 1.
     """
 
     def __init__(
@@ -45,26 +47,25 @@ class Engine:
         max_sequences: int = DEFAULT_MAX_SEQUENCES,
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
+        prefill_tokens: int = DEFAULT_PREFILL_TOKENS,
     ) -> None:
         for name, value in (("max_sequences", max_sequences), ("num_blocks", num_blocks)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.model = model
-        self.cache = model.new_cache(max_sequences, block_size=block_size, num_blocks=num_blocks)
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        self.scheduler = Scheduler(prefill_tokens, reads_parts=model.method.reads_parts)
+        self.runner = ModelRunner(model, max_sequences, block_size, num_blocks)
 
     @property
     def is_busy(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self._waiting or self._running)
+        return self.scheduler.is_busy
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[Request]:
-        """Continue every prompt; results in the order of the prompts.
+        """Continue every prompt; results in the order of the prompts. One that failed says so.
 
         Raises:
             ValueError: an empty or too long prompt, a token outside the vocabulary; nothing was read.
-            OutOfBlocks: a cache of fixed size is exhausted; all requests are given up.
         """
         requests = [Request(list(prompt), sampling) for prompt in prompts]
         self.submit(requests)
@@ -80,72 +81,82 @@ class Engine:
         """
         for index, request in enumerate(requests):
             self._check(index, request)
-        self._waiting.extend(requests)
+        self.scheduler.add(requests)
 
     def step(self) -> None:
-        """One pass through the model: the prompts of new requests, or one token of all running ones."""
+        """One pass through the model: prompts, or a part of one, or one token of all running requests."""
         try:
             batch = self._schedule()
-            logits_BV = self._run(batch)
-            self._finish(batch, logits_BV)
+            if batch.requests:
+                self._finish(batch, self.runner.run(batch))
         except BaseException:
-            self.abort()
+            self.abort_all()
             raise
 
-    def abort(self) -> None:
-        """Give up all requests and free their memory."""
-        self.cache.free_sequences(self._rows(self._running))
-        self._running.clear()
-        self._waiting.clear()
+    def abort(self, request: Request) -> None:
+        """Give one request up and free its memory; others go on."""
+        self._end(request, "aborted")
+
+    def abort_all(self) -> None:
+        """Give all requests up and free their memory."""
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._end(request, "aborted")
 
     def _schedule(self) -> Batch:
-        """New requests as long as there is room, otherwise the running ones."""
-        admitted: list[Request] = []
-        longest = 0
-        while self._waiting and len(admitted) < self.cache.num_free_sequences:
-            longest = max(longest, len(self._waiting[0].prompt))
-            if admitted and longest * (len(admitted) + 1) > MAX_PREFILL_TOKENS:
-                break
-            admitted.append(self._waiting.popleft())
-        if not admitted:
-            return Batch(list(self._running), is_prefill=False)
-        for request, row in zip(admitted, self.cache.add_sequences(len(admitted)).tolist(), strict=True):
-            request.row = row
-        self._running.extend(admitted)
-        return Batch(admitted, is_prefill=True)
+        """The next batch, with its memory reserved."""
+        while True:
+            batch = self.scheduler.next(self.runner.cache.rows.num_free)
+            if not batch.requests:
+                return batch
+            try:
+                self.runner.reserve(batch)
+            except OutOfBlocks as full:
+                self._make_room(batch, full)
+            else:
+                return batch
 
-    def _run(self, batch: Batch) -> Tensor:
-        """Logits [B, V] of the next token of each request."""
-        rows_B, device = self._rows(batch.requests), self.model.device
-        if not batch.is_prefill:
-            token_B = torch.tensor([request.newest_token for request in batch.requests], device=device)
-            return self.model.logits(self.model.decode(token_B, self.cache, rows_B))
-        length_B = torch.tensor([len(request.prompt) for request in batch.requests], device=device)
-        token_BS = torch.zeros(len(batch.requests), int(length_B.max()), dtype=torch.int64)
-        for row, request in enumerate(batch.requests):
-            token_BS[row, : len(request.prompt)] = torch.tensor(request.prompt)
-        hidden_SBH = self.model.prefill(token_BS.T.to(device), length_B, self.cache, rows_B)
-        return self.model.logits(hidden_SBH[length_B - 1, torch.arange(len(length_B), device=device)])
+    def _make_room(self, batch: Batch, full: OutOfBlocks) -> None:
+        """The newest request waits; where it is alone, or could not be read again, it fails."""
+        newest = self.scheduler.running[-1]
+        is_alone = len(self.scheduler.running) == 1
+        if is_alone or (newest.num_read and not self.model.method.exact_recompute):
+            newest.fail(str(full))
+            self._end(newest, "error")
+            return
+        self.runner.release(newest)
+        self.scheduler.give_back([newest])
 
     def _finish(self, batch: Batch, logits_BV: Tensor) -> None:
-        """Sample, and free the requests that are done."""
-        device, samplings = logits_BV.device, [request.sampling for request in batch.requests]
-        token_B = sample(
-            logits_BV,
+        """Sample where a request has nothing left to read, and free the requests that are done."""
+        places = [index for index, request in enumerate(batch.requests) if not request.num_unread]
+        requests = [batch.requests[index] for index in places]
+        if not requests:
+            return
+        logits_BV = logits_BV[places]
+        sane = logits_BV.isfinite().all(dim=-1).tolist()
+        for request, token, is_sane in zip(requests, self._sample(requests, logits_BV), sane, strict=True):
+            if is_sane:
+                _deliver(request, token)
+            else:
+                request.fail("the model's logits are not finite: its weights or dtype are at fault")
+            if request.finish_reason:
+                self._end(request, request.finish_reason)
+
+    def _sample(self, requests: Sequence[Request], logits_BV: Tensor) -> list[int]:
+        device, samplings = logits_BV.device, [request.sampling for request in requests]
+        return sample(
+            logits_BV.nan_to_num(),
             torch.tensor([sampling.temperature for sampling in samplings], device=device),
             torch.tensor([sampling.top_p for sampling in samplings], device=device, dtype=torch.float64),
-            torch.tensor([request.draw() for request in batch.requests], device=device, dtype=torch.float64),
-        )
-        for request, token in zip(batch.requests, token_B.tolist(), strict=True):
-            request.receive(token)
-        done = [request for request in batch.requests if request.finish_reason]
-        for request in done:
-            request.usage = CacheUsage.of(self.cache, self._rows([request]))
-            self.cache.free_sequences(self._rows([request]))
-        self._running = [request for request in self._running if not request.finish_reason]
+            torch.tensor([request.draw() for request in requests], device=device, dtype=torch.float64),
+        ).tolist()
 
-    def _rows(self, requests: Sequence[Request]) -> Tensor:
-        return torch.tensor([request.row for request in requests], dtype=torch.int64, device=self.cache.device)
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        if request.row is not None:
+            request.usage = self.runner.usage(request)
+            self.runner.release(request)
+        self.scheduler.remove(request)
 
     def _check(self, index: int, request: Request) -> None:
         config, length = self.model.config, len(request.prompt)
@@ -163,3 +174,11 @@ class Engine:
                 f"prompt {index} has {length} tokens and may grow by {request.sampling.max_new_tokens}: the model "
                 f"reads at most {limit}; shorten the prompt or lower max_new_tokens"
             )
+
+
+def _deliver(request: Request, token: int) -> None:
+    """Hand a token over; who listens to it may fail, which is that request's affair."""
+    try:
+        request.receive(token)
+    except Exception as error:
+        request.fail(f"its listener failed: {error}")

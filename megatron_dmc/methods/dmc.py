@@ -1,162 +1,176 @@
 """Dynamic Memory Compression: each KV head decides for every token whether to merge it into its newest entry.
 
-Source: [DMC] arXiv 2403.09636. Two forms of one function: ``noise`` given is the relaxation that is trained
-(section 3.2), ``noise=None`` takes hard decisions and equals decoding token by token with the compressed cache.
+Source: [DMC] arXiv 2403.09636. Two forms of one function: with noise the relaxation that is trained (section 3.2),
+without it hard decisions, which equal decoding token by token with the compressed cache. One decision rule,
+:func:`decide`, serves training, evaluation, prompts and decoding.
 
 ``decisions_per="layer"`` is DMC-C, whose definition is ours: the decision logit of a layer is the mean over its KV
-heads, the importance logit the mean over its query heads. Logits then have one head, G = 1; under tensor parallelism
-the mean over the ranks is still to be taken by the caller.
+heads, the importance logit the mean over its query heads; every head follows it.
 
-Shapes: S sequence, T queries, B batch, N query heads, G KV heads (1 for logits of DMC-C), D head dim.
+What it is not: an eviction policy. A merged token stays in the weighted mean of its entry, and only the newest entry of
+a head ever changes.
+
+Shapes: S positions, T new tokens (or queries), B sequences, N query heads, G KV heads (1 for logits of DMC-C), D head
+dim, W window_size, K sums 2 D + 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.ops import compressed_attention as ops
-from megatron_dmc.ops import decisions
-from megatron_dmc.ops.compressed_attention import faded_attention
-from megatron_dmc.ops.masked_attention import HIDDEN, plan_attention
+from megatron_dmc.methods.base import ALONE, HeadCaches, Method, Ranks, Slot, State, Update, Whole
+from megatron_dmc.methods.decisions import Decisions, NoiseSource
+from megatron_dmc.methods.step import Step, Tokens
+from megatron_dmc.ops import cache_update, decisions
+from megatron_dmc.ops.compressed_attention import Weights, attend_pooled, compressed_attention
+from megatron_dmc.ops.geometry import Geometry
+from megatron_dmc.ops.masked_attention import HIDDEN
 
-__all__ = [
-    "compressed_attention",
-    "decision_fraction",
-    "decision_weights",
-    "faded_attention",
-    "first_positions",
-    "num_decision_heads",
-    "read_logits",
-]
+SEGMENT = "segment"
+"""Name of the running sums of the open segment in the cache."""
 
 
-def read_logits(q_SBND: Tensor, k_SBGD: Tensor, config: DMCConfig) -> tuple[Tensor, Tensor]:
-    """Decision and importance logits, float32 [S, B, G], from queries and keys before RoPE.
+def read_logits(q_SBND: Tensor, k_SBGD: Tensor, settings: DMCConfig) -> tuple[Tensor, Tensor]:
+    """Decision and importance logits, float32 [..., G], from queries [..., N, D] and keys [..., G, D] before RoPE.
 
-    With one decision per layer [S, B, 1]: means over the heads given, of which all ranks have equally many, so that
+    With one decision per layer [..., 1]: means over the heads given, of which all ranks have equally many, so that
     the mean over tensor-parallel ranks is that of the layer.
     """
-    decision = decisions.decision_logits(k_SBGD, config.decision_bias)
-    importance = decisions.importance_logits(q_SBND, k_SBGD.shape[2], config.decision_bias)
-    if config.decisions_per == "layer":
+    decision = decisions.decision_logits(k_SBGD, settings.decision_bias)
+    importance = decisions.importance_logits(q_SBND, k_SBGD.shape[-2], settings.decision_bias)
+    if settings.decisions_per == "layer":
         return decision.mean(-1, keepdim=True), importance.mean(-1, keepdim=True)
     return decision, importance
 
 
-def num_decision_heads(num_kv_heads: int, config: DMCConfig) -> int:
-    """Decisions per token in a layer of ``num_kv_heads``: what the noise is drawn for."""
-    return 1 if config.decisions_per == "layer" else num_kv_heads
-
-
-def compressed_attention(  # noqa: PLR0913
-    q_TBND: Tensor,
-    k_SBGD: Tensor,
-    v_SBGD: Tensor,
-    decision_logits_SBG: Tensor,
-    importance_logits_SBG: Tensor,
-    config: DMCConfig,
-    *,
-    cos_sin_S: ops.CosSin,
-    noise_SBG: Tensor | None,
-    query_starts: Sequence[int] | None = None,
-    documents: Sequence[Sequence[int]] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention over the compressed cache, from projections before RoPE.
+def decide(
+    decision_logits: Tensor,
+    importance_logits: Tensor,
+    first: Tensor,
+    settings: DMCConfig,
+    noise: Tensor | None = None,
+) -> Decisions:
+    """The decisions of :func:`read_logits`' logits [S, B, G], or [T, G] of packed tokens.
 
     Args:
-        q_TBND: queries with the importance channel inside; the whole sequence, or chunks of it.
-        k_SBGD: keys of the whole sequence with the decision channel inside.
-        v_SBGD: values of the whole sequence.
-        decision_logits_SBG, importance_logits_SBG: of :func:`read_logits`, for the whole sequence.
-        config: settings of the method.
-        cos_sin_S: cosine and sine of all positions, float32 [S, D/2].
-        noise_SBG: logistic noise of the relaxation; None takes hard decisions.
-        query_starts: positions at which the equally long chunks of the queries start; None: the whole sequence.
-        documents: ascending start positions of the documents of each batch row; no segment and no attention
-            crosses a border. None: one document per row.
-
-    Returns:
-        Output [T, B, N, D] and the hard decisions [S, B, G] as bool, False at the first position of each document.
+        decision_logits, importance_logits: float32.
+        first: bool without the last dimension, True where a sequence or document begins: that token appends.
+        settings: of the method.
+        noise: logistic, of the shape of the logits: the relaxation; None: hard decisions.
 
     Raises:
-        ValueError: shapes, chunks or documents that do not fit together.
+        ValueError: shapes that differ.
     """
-    _check_logits(k_SBGD, decision_logits_SBG, importance_logits_SBG, noise_SBG)
-    plan = plan_attention(q_TBND, k_SBGD, free_window=0, query_starts=query_starts, documents=documents)
-    weights, hard_SBG = decision_weights(decision_logits_SBG, importance_logits_SBG, noise_SBG, config, documents)
-    weights = ops.Weights(*(x.expand(k_SBGD.shape[:-1]) for x in weights))
-    output = ops.compressed_attention(
-        q_TBND, k_SBGD, v_SBGD, weights, cos_sin_S=cos_sin_S, window_size=config.window_size, plan=plan
-    )
-    return output, hard_SBG.expand(k_SBGD.shape[:-1])
-
-
-def decision_weights(
-    decision_logits_SBG: Tensor,
-    importance_logits_SBG: Tensor,
-    noise_SBG: Tensor | None,
-    config: DMCConfig,
-    documents: Sequence[Sequence[int]] | None = None,
-) -> tuple[ops.Weights, Tensor]:
-    """Decisions, importances and key biases as numbers, and the hard decisions as bool, all [S, B, G].
-
-    Arguments as in :func:`compressed_attention`. The first position of every document appends.
-    """
-    logits, threshold = decision_logits_SBG, config.decision_threshold
-    if noise_SBG is not None:
-        logits, threshold = decisions.relaxed_logits(logits, noise_SBG, config.temperature), 0.0
-    first_SB1 = first_positions(logits.shape[0], logits.shape[1], documents).to(logits.device)[..., None]
-    hard_SBG = decisions.hard_decisions(logits.detach(), threshold).masked_fill(first_SB1, False)
-    if noise_SBG is None:
-        alpha = hard_SBG.to(logits.dtype)
+    _check_shapes(decision_logits, importance_logits, noise, first)
+    first = first.unsqueeze(-1)
+    relaxed = None
+    if noise is None:
+        taken = decisions.hard_decisions(decision_logits, settings.decision_threshold)
+        hard = taken & ~first
+        alpha = hard.to(decision_logits.dtype)
         own_bias = HIDDEN * alpha
     else:
-        alpha = torch.sigmoid(logits).masked_fill(first_SB1, 0.0)
-        own_bias = F.logsigmoid(-logits).masked_fill(first_SB1, 0.0)
+        logits = decisions.relaxed_logits(decision_logits, noise, settings.temperature)
+        taken = decisions.hard_decisions(logits.detach(), 0.0)
+        hard = taken & ~first
+        relaxed = torch.sigmoid(logits)
+        alpha = relaxed.masked_fill(first, 0.0)
+        own_bias = F.logsigmoid(-logits).masked_fill(first, 0.0)
     # A key is hidden by the decision of the position after it; nothing comes after the last one.
-    key_bias = F.pad(own_bias[1:], (0, 0, 0, 0, 0, 1))
-    omega = decisions.importance(importance_logits_SBG, config.importance_epsilon)
-    return ops.Weights(alpha, omega, key_bias), hard_SBG
+    key_bias = torch.cat((own_bias[1:], torch.zeros_like(own_bias[:1])))
+    omega = decisions.importance(importance_logits, settings.importance_epsilon)
+    return Decisions(decision_logits, taken, hard, alpha, omega, key_bias, relaxed, noise)
 
 
-def decision_fraction(decision_logits_SBG: Tensor, noise_SBG: Tensor | None, config: DMCConfig) -> Tensor:
-    """Share of positions that accumulate, [B, G], for the compression loss ([DMC] eq. 11).
+class DMC(Method):
+    """The compressed cache of a model that was retrofitted.
 
-    The value is that of the hard decisions, the gradient that of the relaxed ones (straight through; none without
-    noise). Every position counts with the decision its logit takes, the first of a sequence too, although it
-    appends whatever its logit says: so does the authors' code.
+    Args:
+        settings: of the model.
     """
-    if noise_SBG is None:
-        hard = decisions.hard_decisions(decision_logits_SBG, config.decision_threshold)
-        return hard.to(decision_logits_SBG.dtype).mean(0)
-    logits = decisions.relaxed_logits(decision_logits_SBG, noise_SBG, config.temperature)
-    relaxed = torch.sigmoid(logits).mean(0)
-    hard = decisions.hard_decisions(logits.detach(), 0.0).to(logits.dtype).mean(0)
-    return hard + (relaxed - relaxed.detach())
+
+    name = "dmc"
+    neuron_scale = 0.0
+    has_whole_form = True
+    exact_recompute = True
+
+    def __init__(self, settings: DMCConfig) -> None:
+        self.settings = settings
+
+    def state(self, head_dim: int) -> Mapping[str, Slot]:
+        """Running sums of the open segment, float32: (K,), or with a window a ring (W, K)."""
+        return {SEGMENT: Slot(cache_update.state_shape(head_dim, self.settings.window_size))}
+
+    def absorb(self, tokens: Tokens, state: State, length_BG: Tensor) -> Update:
+        """Append or accumulate every token."""
+        step, k_TGD, v_TGD = tokens.step, tokens.k_TGD, tokens.v_TGD
+        logits = read_logits(tokens.q_TND, k_TGD, self.settings)
+        decided = decide(*logits, step.position_T == 0, self.settings).of_heads(k_TGD.shape[1])
+        if step.decodes:
+            segment, k_mean, v_mean = cache_update.update_segments(
+                state[SEGMENT], k_TGD, v_TGD, decided.hard, decided.omega, step.position_T
+            )
+            entry_TG = length_BG - decided.hard.to(torch.int32)
+        else:
+            k_mean, v_mean, segment = cache_update.pool_chunks(
+                state[SEGMENT] if step.continues else None,
+                k_TGD,
+                v_TGD,
+                decided.hard,
+                decided.omega,
+                step.counts,
+                step.positions,
+                self.settings.window_size,
+            )
+            entry_TG = cache_update.entry_places(decided.hard, step.counts, length_BG)
+        k_entry = self.rotated(k_mean, step, k_TGD.dtype)
+        return Update(k_entry, v_mean.to(v_TGD.dtype), entry_TG, {SEGMENT: segment}, decided)
+
+    def attend_own(self, tokens: Tokens, update: Update) -> tuple[Tensor, Tensor]:
+        """Over the entry of every position, hidden from those after the one that overwrites it."""
+        assert update.decisions is not None
+        q, k, v = (x.unsqueeze(1) for x in (tokens.q_TND, update.k_TGD, update.v_TGD))
+        out_T1ND, lse_1NT = attend_pooled(q, k, v, update.decisions.key_bias.unsqueeze(1), tokens.step.geometry)
+        return out_T1ND.squeeze(1).transpose(0, 1), lse_1NT[0]
+
+    def visible_before(self, update: Update, caches: HeadCaches, step: Step) -> Tensor:
+        """All but the newest entry where the first new token accumulates into it."""
+        assert update.decisions is not None
+        starts_B = torch.tensor(step.starts, device=step.device)
+        return caches.before_BG - update.decisions.hard[starts_B].to(torch.int32)
+
+    def whole(
+        self,
+        q_TBND: Tensor,
+        k_SBGD: Tensor,
+        v_SBGD: Tensor,
+        geometry: Geometry,
+        *,
+        noise: NoiseSource | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Whole:
+        """See :meth:`Method.whole`. Decisions are those of the whole sequence, [S, B, G]."""
+        logits = read_logits(q_TBND, k_SBGD, self.settings)
+        if self.settings.decisions_per == "layer":
+            logits = (ranks.mean_over_heads(logits[0]), ranks.mean_over_heads(logits[1]))
+        k_SBGD, v_SBGD, *logits_SBG = (ranks.whole_sequence(x) for x in (k_SBGD, v_SBGD, *logits))
+        noise_SBG = None if noise is None else noise(logits_SBG[0].shape[-1])
+        decided = decide(logits_SBG[0], logits_SBG[1], geometry.first_SB, self.settings, noise_SBG)
+        every_head = decided.of_heads(k_SBGD.shape[2])
+        weights = Weights(every_head.alpha, every_head.omega, every_head.key_bias)
+        output = compressed_attention(q_TBND, k_SBGD, v_SBGD, weights, geometry, window_size=self.settings.window_size)
+        return Whole(output, decided)
 
 
-def first_positions(length: int, batch: int, documents: Sequence[Sequence[int]] | None) -> Tensor:
-    """True [S, B] at the first position of the sequence and of every document."""
-    first_SB = torch.zeros(length, batch, dtype=torch.bool)
-    first_SB[0] = True
-    for row, starts in enumerate(documents or ()):
-        first_SB[list(starts), row] = True
-    return first_SB
-
-
-def _check_logits(k_SBGD: Tensor, decision_SBG: Tensor, importance_SBG: Tensor, noise_SBG: Tensor | None) -> None:
-    length, batch, num_kv_heads, _ = k_SBGD.shape
-    allowed = {(length, batch, num_kv_heads), (length, batch, 1)}
-    given = {"decision logits": decision_SBG, "importance logits": importance_SBG}
-    for name, logits in given.items():
-        if tuple(logits.shape) not in allowed:
-            raise ValueError(f"{name} {tuple(logits.shape)}: must be [S, B, G] like the keys, or [S, B, 1]: {allowed}")
-    if noise_SBG is not None and noise_SBG.shape != decision_SBG.shape:
-        raise ValueError(
-            f"noise {tuple(noise_SBG.shape)}: must be that of the decision logits {tuple(decision_SBG.shape)}"
-        )
+def _check_shapes(decision: Tensor, importance: Tensor, noise: Tensor | None, first: Tensor) -> None:
+    expected = tuple(decision.shape)
+    for name, given in (("importance logits", importance), ("noise", noise)):
+        if given is not None and given.shape != decision.shape:
+            raise ValueError(f"{name} {tuple(given.shape)}: must be that of the decision logits {expected}")
+    if first.shape != decision.shape[:-1]:
+        raise ValueError(f"decision logits {expected}: the geometry was made for positions {tuple(first.shape)}")

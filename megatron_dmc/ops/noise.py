@@ -12,6 +12,7 @@ Shapes: S positions, B sequences, G KV heads.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -41,8 +42,7 @@ def logistic_noise(seed: int, step: int, sequence_B: Tensor, layer: int, head_G:
         float32 [S, B, G] on the device of ``position_S``; absolute value below 17.
     """
     device = position_S.device
-    run = _absorb(_absorb(_absorb(_as_int64(0, device), _as_int64(seed, device)), _as_int64(step, device)),
-                  _as_int64(layer, device))  # fmt: skip
+    run = functools.reduce(_absorb, (_as_int64(number, device) for number in (0, seed, step, layer)))
     sequence = _absorb(run, sequence_B.to(device, torch.int64))
     head = _absorb(sequence[:, None], head_G.to(device, torch.int64))
     bits = _absorb(head, position_S.to(torch.int64)[:, None, None])

@@ -1,6 +1,6 @@
-"""Accumulation in float32, a few rows at a time."""
+"""Which precision sums have, and which weights they cannot feel."""
 
-from collections.abc import Iterator
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,6 @@ from torch import Tensor
 
 NEGLIGIBLE_WEIGHT = 1e-20
 """Far below the rounding of float64 (1e-16), far above the smallest normal float32 (1e-38)."""
-
-SLICE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements per slice of element-wise work: temporaries stay in the cache of a CPU, launches few on a GPU."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,10 +21,3 @@ def without_negligible(weights: Tensor) -> Tensor:
     Products of small weights would be denormal numbers, with which a CPU computes many times slower.
     """
     return F.threshold(weights, NEGLIGIBLE_WEIGHT, 0.0)
-
-
-def row_slices(x: Tensor, dim: int = 0) -> Iterator[slice]:
-    """Slices of dimension ``dim`` of ``x`` for element-wise work."""
-    rows = max(1, SLICE_ELEMENTS.get(x.device.type, SLICE_ELEMENTS["cuda"]) * x.shape[dim] // max(1, x.numel()))
-    for start in range(0, x.shape[dim], rows):
-        yield slice(start, min(start + rows, x.shape[dim]))

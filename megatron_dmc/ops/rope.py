@@ -8,48 +8,63 @@ Shapes: D head dim; leading dimensions broadcast.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.precision import accumulation_dtype, row_slices
+from megatron_dmc.ops.precision import accumulation_dtype
+from megatron_dmc.ops.slices import row_slices
+
+ROPE_TYPES = ("linear", "llama3")
 
 
-class RopeScalingLike(Protocol):
-    """What :class:`megatron_dmc.models.config.RopeScaling` holds."""
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the pretraining length.
 
-    @property
-    def rope_type(self) -> str: ...
-    @property
-    def factor(self) -> float: ...
-    @property
-    def low_freq_factor(self) -> float: ...
-    @property
-    def high_freq_factor(self) -> float: ...
-    @property
-    def original_max_position_embeddings(self) -> int: ...
+    ``rope_type`` is ``linear`` (positions divided by ``factor``) or ``llama3`` (all five numbers count).
+    Raises ``ValueError`` on another type or a number that is not positive.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type={self.rope_type!r}: must be one of default, {', '.join(ROPE_TYPES)}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"rope scaling {name}={value!r}: must be a positive number")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope scaling high_freq_factor={self.high_freq_factor}: must be above "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScalingLike | None = None) -> Tensor:
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Angle per position of each pair of channels, float32 [D/2], radians.
 
     Raises:
-        ValueError: odd ``head_dim``, or an unknown ``rope_type``.
+        ValueError: odd ``head_dim``.
     """
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: rotary embedding turns pairs of channels, give an even head_dim")
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is None or scaling.rope_type == "default":
+    if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
-    if scaling.rope_type == "llama3":
-        return _llama3_frequencies(frequencies, scaling)
-    raise ValueError(f"rope_type={scaling.rope_type!r}: supported are 'default', 'linear' and 'llama3'")
+    return _llama3_frequencies(frequencies, scaling)
 
 
-def _llama3_frequencies(frequencies: Tensor, scaling: RopeScalingLike) -> Tensor:
+def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1: long waves are stretched by ``factor``, short ones kept, those between interpolated."""
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
-from megatron_dmc.training.arguments import llama_flags
+from megatron_dmc.training.model_flags import model_flags
 
 SMALL_LLAMA = ModelConfig(
     hidden_size=128,
@@ -166,5 +166,5 @@ def _dmc(recipe: Recipe, name: str, *, plain: bool) -> DMCConfig:
 def shape_flags(config: ModelConfig) -> list[str]:
     """Megatron's flags for a model that is trained from scratch."""
     return [
-        part for flag, value in llama_flags(config).items() for part in ([flag] if value is None else [flag, value])
+        part for flag, value in model_flags(config).items() for part in ([flag] if value is None else [flag, value])
     ]

@@ -1,4 +1,4 @@
-"""Command-line flags of DMC, generated from :class:`DMCConfig`, and Megatron's defaults for a Llama."""
+"""Command-line flags of DMC, generated from :class:`DMCConfig`, and Megatron's defaults for a retrofit."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ import dataclasses
 from typing import Any
 
 from megatron_dmc.config import SCHEMA_VERSION, DMCConfig
-from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.training.model_flags import add_model_arguments
 
-LLAMA_ARGUMENTS: dict[str, str | None] = {
-    "--hidden-dropout": "0.0",
-    "--attention-dropout": "0.0",
-    "--disable-bias-linear": None,
-    "--normalization": "RMSNorm",
-    "--swiglu": None,
-    "--position-embedding-type": "rope",
+RUN_DEFAULTS: dict[str, str | None] = {
     "--dataloader-type": "single",
     "--no-create-attention-mask-in-dataloader": None,
     "--adam-beta1": "0.9",
@@ -25,7 +19,7 @@ LLAMA_ARGUMENTS: dict[str, str | None] = {
     "--eval-interval": "1000",
     "--log-interval": "10",
 }
-"""Megatron flags whose own defaults would sabotage the retrofit of a Llama; None marks a switch."""
+"""Megatron flags of every run whose own defaults would sabotage a retrofit; None marks a switch."""
 
 STAGE_ARGUMENTS: dict[str, dict[str, str | None]] = {
     "off": {},
@@ -121,6 +115,7 @@ def add_dmc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         help="position in that order [sequences] where this stage starts; default: where the loaded stage stopped",
     )
     group.add_argument("--dmc-stop-file", help="save and leave after the step during which this file appears")
+    add_model_arguments(group)
     parser.set_defaults(dmc_schema_version=SCHEMA_VERSION)
     return parser
 
@@ -128,52 +123,6 @@ def add_dmc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 def dmc_config_from_args(args: Any) -> DMCConfig:
     """The settings among Megatron's arguments. Raises ``ValueError`` on a value outside its range."""
     return DMCConfig(**{field.name: getattr(args, f"dmc_{field.name}") for field in dataclasses.fields(DMCConfig)})
-
-
-def llama_flags(config: ModelConfig) -> dict[str, str | None]:
-    """Megatron's flags for the shape of a model. Raises ``ValueError`` where Megatron has no flag for it."""
-    flags: dict[str, str | None] = {
-        "--num-layers": str(config.num_layers),
-        "--hidden-size": str(config.hidden_size),
-        "--ffn-hidden-size": str(config.ffn_hidden_size),
-        "--num-attention-heads": str(config.num_attention_heads),
-        "--kv-channels": str(config.head_dim),
-        "--group-query-attention": None,
-        "--num-query-groups": str(config.num_kv_heads),
-        "--max-position-embeddings": str(config.max_position_embeddings),
-        "--norm-epsilon": str(config.rms_norm_eps),
-        "--rotary-base": _whole(config.rope_theta),
-        "--tokenizer-type": "NullTokenizer",
-        "--vocab-size": str(config.vocab_size),
-    }
-    if not config.tie_word_embeddings:
-        flags["--untie-embeddings-and-output-weights"] = None
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.rope_type == "linear":
-        flags["--rotary-seq-len-interpolation-factor"] = _whole(scaling.factor)
-    elif scaling is not None:
-        fixed = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings)
-        if fixed != (1.0, 4.0, 8192):
-            raise ValueError(f"rope_scaling {scaling}: Megatron knows Llama 3 scaling only with 1, 4 and 8192")
-        flags |= {"--use-rope-scaling": None, "--rope-scaling-factor": str(scaling.factor)}
-    return flags
-
-
-def check_shape(argv: list[str], shape: dict[str, str | None]) -> None:
-    """Raise ``ValueError`` when ``argv`` gives a flag of ``shape`` another value than the base checkpoint has."""
-    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag, value in shape.items():
-        if value is not None and flag != "--tokenizer-type":
-            given.add_argument(flag, dest=flag)
-    for flag, value in vars(given.parse_known_args(argv)[0]).items():
-        if value is not None and float(value) != float(shape[flag] or 0):
-            raise ValueError(f"{flag} {value}: the base checkpoint has {shape[flag]}; leave the flag out")
-
-
-def _whole(value: float) -> str:
-    if value != int(value):
-        raise ValueError(f"{value}: Megatron takes this rotary setting only as a whole number")
-    return str(int(value))
 
 
 def with_defaults(argv: list[str], *defaults: dict[str, str | None]) -> list[str]:

@@ -15,6 +15,8 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_dmc.ops.geometry import Geometry
+from megatron_dmc.ops.rope import inverse_frequencies
 from megatron_dmc.training.losses import compression_loss, language_model_loss
 from megatron_dmc.training.model.microbatch import Microbatch
 from megatron_dmc.training.schedule import accumulate_fraction, neuron_scale, target_cr
@@ -92,13 +94,30 @@ def _microbatch(model: Any, config: Any, batch: dict[str, Any]) -> Microbatch:
     step, steps = args.curr_iteration, args.train_iters
     ratio = target_cr(settings.stage, step, steps, settings.target_cr)
     return Microbatch(
-        sequence_length=args.seq_length,
+        geometry=_geometry(model, config, batch),
         step=step,
         sequence_B=_sequence_ordinals(model) if model.training and settings.compresses else None,
         target_fraction=accumulate_fraction(ratio),
         neuron_scale=neuron_scale(step, steps, settings.zero_out_fraction) if settings.stage == "zero_out" else 0.0,
-        documents=_documents(batch["cu_seqlens"], args.seq_length),
         gradient_scale=config.dmc_gradient_scale,
+        observer=config.dmc_observer,
+    )
+
+
+def _geometry(model: Any, config: Any, batch: dict[str, Any]) -> Geometry:
+    """Positions of this micro-batch: under context parallelism rank r of cp has the chunks r and 2 cp - 1 - r."""
+    args = get_args()
+    device = torch.device(torch.cuda.current_device())
+    frequencies = inverse_frequencies(config.kv_channels, config.rope_theta, config.rope_stretch).to(device)
+    length, size = args.seq_length, parallel_state.get_context_parallel_world_size()
+    chunk, rank = length // (2 * size), parallel_state.get_context_parallel_rank()
+    return Geometry(
+        length,
+        args.micro_batch_size if model.training else args.eval_micro_batch_size,
+        frequencies,
+        query_starts=None if size == 1 else (rank * chunk, (2 * size - 1 - rank) * chunk),
+        num_queries=length // size,
+        documents=_documents(batch["cu_seqlens"], length),
     )
 
 
@@ -134,8 +153,8 @@ def _loss(mask_BS: Tensor, microbatch: Microbatch | None, config: Any, loss_BS: 
     """
     lm_sum, num_tokens = language_model_loss(loss_BS, mask_BS)
     logged = {"lm loss": torch.stack([lm_sum.detach(), num_tokens.float()])}
-    if microbatch is not None and microbatch.fraction_B is not None:
-        fraction_B = microbatch.fraction_B
+    if microbatch is not None and microbatch.statistics.fraction_B is not None:
+        fraction_B = microbatch.statistics.fraction_B
         hinge_B = config.dmc.loss_weight * compression_loss(fraction_B, microbatch.target_fraction)
         count = torch.tensor(float(len(fraction_B)), device=fraction_B.device)
         logged |= {

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
+from megatron_dmc.models.megatron import scaling_from_arguments
 from megatron_dmc.training.arguments import dmc_config_from_args
 from megatron_dmc.training.model.config import DMCModelConfig, DMCTransformerConfig
 from megatron_dmc.training.start import Start
@@ -25,6 +26,8 @@ def dmc_model_config(args: Any, *, start: Start) -> DMCModelConfig:
     transformer.dmc = dmc_config_from_args(args)
     transformer.dmc_clear_borrowed_rows = start.clears_rows
     transformer.dmc_vocab_size = args.vocab_size
+    transformer.rope_theta = float(args.rotary_base)
+    transformer.rope_stretch = scaling_from_arguments(vars(args))
     if not start.resumes:
         args.consumed_train_samples = args.dmc_first_sample
     model_config = gpt_config_from_args(args, config=transformer, model_config_cls=DMCModelConfig)

@@ -11,25 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.models.megatron import refuse_for_stock
 from megatron_dmc.seam import host
 from megatron_dmc.seam.processes import complete_environment
 from megatron_dmc.support.errors import InfrastructureError
 from megatron_dmc.training.arguments import (
     EXTENSION_FREE_FLAGS,
     HOST_FLAGS,
-    LLAMA_ARGUMENTS,
+    RUN_DEFAULTS,
     STAGE_ARGUMENTS,
     add_dmc_arguments,
-    check_shape,
     dmc_config_from_args,
-    llama_flags,
     refuse_flags,
     with_defaults,
 )
+from megatron_dmc.training.model_flags import check_flags, fixed_flags, model_flags
 from megatron_dmc.training.start import Start, find_start, saved_iteration
 
 if TYPE_CHECKING:
     from megatron_dmc.training.model.config import DMCModelConfig
+    from megatron_dmc.training.model.microbatch import Observer
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def prepare(argv: list[str]) -> Run:
     return Run(argv, start, given.save, int(given.train_iters) if given.train_iters else None)
 
 
-def train(argv: list[str]) -> int:
+def train(argv: list[str], observer: Observer | None = None) -> int:
     """Run or continue one stage in this process, one rank of a distributed job or all of it.
 
     Args:
         argv: as in :func:`prepare`.
+        observer: told of every layer's decisions.
 
     Returns:
         the iteration of the newest checkpoint in ``--save``; without ``--save`` the last iteration.
@@ -92,7 +94,7 @@ def train(argv: list[str]) -> int:
     done = saved_iteration(run.save)
     if done is not None and run.train_iters is not None and done >= run.train_iters:
         return done
-    return _check_finished(run, _run_engine(run))
+    return _check_finished(run, _run_engine(run, observer))
 
 
 def _read_own_flags(argv: list[str]) -> argparse.Namespace:
@@ -130,12 +132,13 @@ def _check_tokens(given: argparse.Namespace, config: ModelConfig | None) -> None
 
 
 def _complete(argv: list[str], given: argparse.Namespace, start: Start) -> list[str]:
-    """``argv`` with what a Llama, this machine and the start of the run require; prints what it added."""
-    tables = [LLAMA_ARGUMENTS, STAGE_ARGUMENTS[given.dmc_stage]]
+    """``argv`` with what the model, this machine and the start of the run require; prints what it added."""
+    tables = [fixed_flags(), RUN_DEFAULTS, STAGE_ARGUMENTS[given.dmc_stage]]
     if start.config is not None:
-        shape = llama_flags(start.config)
-        check_shape(argv, shape)
-        tables.append(shape)
+        if given.dmc_stage == "off":
+            refuse_for_stock(start.config)
+        check_flags(argv, start.config)
+        tables.append(model_flags(start.config))
     if host.needs_cpu():
         tables.append(HOST_FLAGS)
     elif importlib.util.find_spec("transformer_engine") is None:
@@ -180,7 +183,7 @@ def configure(run: Run) -> tuple[Any, DMCModelConfig]:
         raise ValueError(f"Megatron refuses these flags: {refusal}") from refusal
 
 
-def _run_engine(run: Run) -> int:
+def _run_engine(run: Run, observer: Observer | None) -> int:
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -191,6 +194,7 @@ def _run_engine(run: Run) -> int:
     from megatron_dmc.training.metrics import StepRecorder, stop_decision
 
     args, model_config = configure(run)
+    model_config.transformer.dmc_observer = observer
     recorder = StepRecorder(args.save)
     megatron_compat.after_each_step(recorder)
     megatron_compat.stop_when(stop_decision(recorder))

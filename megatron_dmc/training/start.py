@@ -83,10 +83,11 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
 
 def _read(directory: str) -> Any:
     """Settings stored in a checkpoint, after everything that Megatron will unpickle has been scanned."""
-    from megatron_dmc.checkpoint import check_checkpoint, read_megatron_settings
+    from megatron_dmc.checkpoint.guard import check_checkpoint
+    from megatron_dmc.checkpoint.saved_arguments import read_saved_arguments
 
     check_checkpoint(Path(directory))
-    return read_megatron_settings(Path(directory))
+    return read_saved_arguments(Path(directory))
 
 
 def _resume(settings: DMCConfig, save: str) -> Start:

@@ -4,15 +4,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dmc.checkpoint import check_checkpoint, read_megatron_settings
 from megatron_dmc.checkpoint.allowed import ALLOWED
+from megatron_dmc.checkpoint.guard import check_checkpoint
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.pickles import describe
 from megatron_dmc.checkpoint.safetensors_file import read_safetensors_header
+from megatron_dmc.checkpoint.saved_arguments import read_saved_arguments
 from megatron_dmc.checkpoint.source import open_source
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.checkpoint.torch_file import read_torch_file
-from megatron_dmc.models.config import parse_hf_config
+from megatron_dmc.models.hugging_face import parse_hf_config
 from megatron_dmc.models.tensors import entries
 
 TRIES = 150
@@ -71,11 +72,11 @@ def test_the_metadata_of_torch_dist(torch_dist):
 
 def test_the_data_of_torch_dist(torch_dist):
     item = TorchDistCheckpoint(torch_dist).objects["common_state/shard_0_1"]
-    _fuzz(item.path, lambda: read_megatron_settings(torch_dist), slice(item.offset, item.offset + item.length))
+    _fuzz(item.path, lambda: read_saved_arguments(torch_dist), slice(item.offset, item.offset + item.length))
 
 
 def test_the_tracker(torch_dist):
-    _fuzz(torch_dist.parent / "latest_checkpointed_iteration.txt", lambda: read_megatron_settings(torch_dist.parent))
+    _fuzz(torch_dist.parent / "latest_checkpointed_iteration.txt", lambda: read_saved_arguments(torch_dist.parent))
 
 
 def test_a_legacy_rank(legacy):

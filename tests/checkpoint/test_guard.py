@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_dmc.checkpoint import check_checkpoint
+from megatron_dmc.checkpoint.guard import check_checkpoint
 from megatron_dmc.checkpoint.torch_dist import COMMON_STATE_KEY
 from tests.checkpoints_convert.models import write_model
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.checkpoint import read_megatron_settings
 from megatron_dmc.checkpoint.locate import TORCH_DIST, locate
-from megatron_dmc.checkpoint.settings import megatron_arguments
+from megatron_dmc.checkpoint.saved_arguments import read_saved_arguments
+from megatron_dmc.models.megatron import gpt_keywords, transformer_keywords
 from megatron_dmc.seam import host
 
 
@@ -26,49 +26,27 @@ def build_model(config: Any, padded_vocab_size: int, pipeline_rank: int = 0, pip
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    arguments = megatron_arguments(config)
-    config = TransformerConfig(
-        num_layers=arguments["num_layers"],
-        hidden_size=arguments["hidden_size"],
-        num_attention_heads=arguments["num_attention_heads"],
-        num_query_groups=arguments["num_query_groups"],
-        kv_channels=arguments["kv_channels"],
-        ffn_hidden_size=arguments["ffn_hidden_size"],
-        layernorm_epsilon=arguments["layernorm_epsilon"],
-        normalization=arguments["normalization"],
-        add_bias_linear=arguments["add_bias_linear"],
-        gated_linear_unit=arguments["swiglu"],
-        activation_func=torch.nn.functional.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+    from checkpoints_convert.forward_megatron import WITHOUT_EXTENSIONS
+
+    dtype = getattr(torch, config.dtype)
+    transformer = TransformerConfig(
+        **transformer_keywords(config),
+        **WITHOUT_EXTENSIONS,
         tensor_model_parallel_size=_size("tensor"),
         pipeline_model_parallel_size=pipeline_size,
-        params_dtype=getattr(torch, config.dtype),
-        pipeline_dtype=getattr(torch, config.dtype),
-        bf16=arguments["bf16"],
-        fp16=arguments["fp16"],
-        use_cpu_initialization=True,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
     )
     return GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        config=transformer,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_norm),
         vocab_size=padded_vocab_size,
-        max_sequence_length=arguments["max_position_embeddings"],
         pre_process=pipeline_rank == 0,
         post_process=pipeline_rank == pipeline_size - 1,
         parallel_output=False,
-        share_embeddings_and_output_weights=not arguments["untie_embeddings_and_output_weights"],
-        position_embedding_type=arguments["position_embedding_type"],
-        rotary_base=arguments["rotary_base"],
-        seq_len_interpolation_factor=arguments["rotary_seq_len_interpolation_factor"],
-        rope_scaling=arguments["use_rope_scaling"],
-        rope_scaling_factor=arguments["rope_scaling_factor"],
+        **gpt_keywords(config),
     )
 
 
@@ -135,7 +113,7 @@ def main() -> None:
     parallel_state.initialize_model_parallel(work["tensor"], work["pipeline"])
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     for job in work["jobs"]:
-        settings = read_megatron_settings(job["checkpoint"])
+        settings = read_saved_arguments(job["checkpoint"])
         rank = parallel_state.get_pipeline_model_parallel_rank()
         # Float32 whatever is stored: Megatron casts when it loads, and rounding does not hide a wrong layout.
         config = dataclasses.replace(settings.config, dtype="float32")

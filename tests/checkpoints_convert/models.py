@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import ModelConfig, RopeScaling, to_hf_config
+from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.models.hugging_face import to_hf_config
 from megatron_dmc.models.tensors import entries
+from megatron_dmc.ops.rope import RopeScaling
 
 TINY = ModelConfig(
     hidden_size=32,

@@ -11,8 +11,9 @@ import torch
 from checkpoints_convert.dmc_branch_to_megatron import import_dmc_release, release_settings
 from checkpoints_convert.options import Options
 from megatron_dmc.checkpoint.source import open_source
-from megatron_dmc.models.config import ModelConfig, parse_hf_config
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.hugging_face import parse_hf_config
 from megatron_dmc.models.tensors import EXTRA_STATE_MODULES, entries
 from tests.checkpoint.test_guard import Shell
 from tests.checkpoints_convert.models import random_tensors
@@ -27,7 +28,7 @@ def _write_release(directory: Path, config: ModelConfig = SMALL_LLAMA2) -> Path:
     shape = MegatronShape(config, config.vocab_size)
     model = {}
     for entry in entries(config):
-        model[entry.megatron_name] = entry.mapping.layout.fuse([tensors[name] for name in entry.hf_names], shape)
+        model[entry.megatron_name] = entry.row.layout.fuse([tensors[name] for name in entry.hf_names], shape)
     for layer in range(config.num_layers):
         for module in (*EXTRA_STATE_MODULES, "decoder.layers.*.self_attention.core_attention"):
             model[f"{module.replace('*', str(layer))}._extra_state"] = io.BytesIO()

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints_convert.sizes import conversion_bytes, largest_layer_bytes
-from megatron_dmc.models.config import ModelConfig, to_hf_config
+from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape, padded_vocab_size
+from megatron_dmc.models.hugging_face import to_hf_config
 from megatron_dmc.models.tensors import by_hf_name
 
 WIDE = ModelConfig(1024, 2, 8, 8, 128, 4096, 1000, 128, dtype="bfloat16")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from megatron_dmc.cli import main
 from megatron_dmc.data.tokenizer import load_tokenizer
-from megatron_dmc.models.config import to_hf_config
+from megatron_dmc.models.hugging_face import to_hf_config
 from tests.data.tokenizer.directories import byte_level_directory, ranks_directory, sentencepiece_directory, write
 from tests.inference.tiny_model import RandomSource, tiny_llama
 

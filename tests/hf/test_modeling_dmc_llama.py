@@ -11,7 +11,8 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.sampling import SamplingParams
-from megatron_dmc.models.config import RopeScaling, to_hf_config
+from megatron_dmc.models.hugging_face import to_hf_config
+from megatron_dmc.ops.rope import RopeScaling
 from tests.inference.model_directory import VOCAB_SIZE, write_model
 
 transformers = pytest.importorskip("transformers")
@@ -90,11 +91,12 @@ def test_padding_is_honoured(side, model, ours):
     with torch.no_grad():
         outputs = model(token_BS, attention_mask=mask_BS, output_hidden_states=True)
     assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
-    torch.testing.assert_close(outputs.hidden_states[0], model.model.embed_tokens(token_BS), **TOLERANCE)
+    embedded = model.model.embed_tokens(token_BS) * mask_BS.unsqueeze(-1)
+    torch.testing.assert_close(outputs.hidden_states[0], embedded, **TOLERANCE)
     for row, prompt in enumerate(PROMPTS):
         expected = our_logits(ours, torch.tensor([prompt]))[0]
         torch.testing.assert_close(outputs.logits[row, mask_BS[row].bool()], expected, **TOLERANCE)
-    assert outputs.past_key_values.paged.num_tokens.tolist() == [len(prompt) for prompt in PROMPTS]
+    assert outputs.past_key_values.paged.num_tokens == [len(prompt) for prompt in PROMPTS]
 
 
 def test_greedy_texts_equal_our_engine(model, ours):

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data.sentencepiece_training import train_tokenizer
-from megatron_dmc.models.config import to_hf_config
+from megatron_dmc.models.hugging_face import to_hf_config
 from tests.inference.tiny_model import RandomSource, tiny_llama
 
 VOCAB_SIZE = 300

@@ -1,52 +1,45 @@
-"""One layer of attention through the paged cache: some positions in one pass, the others step by step.
+"""One layer of attention through the paged cache, its tokens in passes of any lengths.
 
 Shapes: S sequence, B batch, N query heads, G KV heads, D head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.cache.paged_kv_cache import CacheShape, PagedKVCache
-from megatron_dmc.inference.decoder.layer_attention import (
-    AttentionSettings,
-    DecodeAttention,
-    FullSequenceAttention,
-    PrefillAttention,
-)
-from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.inference.decoder.layer_attention import CachedAttention
+from megatron_dmc.methods import Method
+from megatron_dmc.methods.step import Step
+from megatron_dmc.ops.rope import inverse_frequencies
 
 
 def paged_decode(
-    q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, dmc: DMCConfig, rope_theta: float, prefill_length: int = 0
+    q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, method: Method, rope_theta: float, passes: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Attention output [S, B, N, D], and cache lengths [S, B, G] after each position (-1 inside the first pass)."""
+    """Attention output [S, B, N, D], and cache lengths [S, B, G] after each position (-1 inside a pass).
+
+    ``passes``: numbers of tokens that are read at once, from the start; the others follow one by one.
+    """
     length, batch, num_kv_heads, head_dim = k_SBGD.shape
-    config = ModelConfig(
-        hidden_size=head_dim,
-        num_layers=1,
-        num_attention_heads=q_SBND.shape[2],
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        ffn_hidden_size=head_dim,
-        vocab_size=1,
-        max_position_embeddings=length,
-        rope_theta=rope_theta,
-    )
-    settings = AttentionSettings(config, dmc, q_SBND.device)
-    cache = PagedKVCache(CacheShape(1, num_kv_heads, head_dim, q_SBND.dtype, dmc.window_size, block_size=4), batch)
-    rows_B = cache.add_sequences(batch)
+    shape = CacheShape(1, num_kv_heads, head_dim, q_SBND.dtype, method.state(head_dim), block_size=4)
+    cache = PagedKVCache(shape, batch)
+    rows = cache.add_sequences(batch)
+    frequencies = inverse_frequencies(head_dim, rope_theta)
     output = torch.empty_like(q_SBND)
     lengths = torch.full(k_SBGD.shape[:-1], -1, dtype=torch.int32)
-    if prefill_length:
-        whole = FullSequenceAttention(settings, prefill_length)
-        attend = PrefillAttention(whole, cache, rows_B, torch.full((batch,), prefill_length))
-        output[:prefill_length] = attend(0, *(x[:prefill_length] for x in (q_SBND, k_SBGD, v_SBGD)))
-        lengths[prefill_length - 1] = cache.cache_seqlens[0, rows_B]
-    for t in range(prefill_length, length):
-        cache.num_tokens[rows_B] = t
-        output[t] = DecodeAttention(settings, cache, rows_B)(0, *(x[t : t + 1] for x in (q_SBND, k_SBGD, v_SBGD)))[0]
-        lengths[t] = cache.cache_seqlens[0, rows_B]
+    start = 0
+    for count in [*passes, *[1] * (length - sum(passes))]:
+        cache.reserve(rows, [count] * batch)
+        step = Step(rows, [start] * batch, [count] * batch, frequencies)
+        packed = (x[start : start + count].transpose(0, 1).flatten(0, 1) for x in (q_SBND, k_SBGD, v_SBGD))
+        found = CachedAttention(method, cache, step)(0, *packed)
+        cache.commit(step)
+        output[start : start + count] = found.unflatten(0, (batch, count)).transpose(0, 1)
+        start += count
+        lengths[start - 1] = cache.cache_seqlens[0]
+    cache.check_integrity()
     return output, lengths

@@ -4,15 +4,21 @@ import pytest
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.inference.cache.block_allocator import OutOfBlocks
 from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
-from megatron_dmc.models.config import RopeScaling, to_hf_config
+from megatron_dmc.models.hugging_face import to_hf_config
+from megatron_dmc.ops.rope import RopeScaling
 from tests.inference.tiny_model import Decoder, RandomSource, tiny_llama, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5], list(range(40))]
 LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+
+
+def assert_empty(engine):
+    assert not engine.is_busy
+    engine.runner.cache.check_integrity()
+    assert engine.runner.cache.blocks.num_in_use == engine.runner.cache.rows.num_in_use == 0
 
 
 def transformers_llama(source):
@@ -80,17 +86,92 @@ def test_any_end_token_ends_a_text_and_frees_its_memory():
         assert one.output == whole.output[: min(whole.output.index(end) for end in ends & set(whole.output))]
         assert one.finish_reason == "eod"
     assert {request.finish_reason for request in ended} >= {"eod"}
-    assert engine.cache.allocator.num_in_use == 0
-    assert engine.cache.num_free_sequences == 32
+    assert_empty(engine)
 
 
-def test_a_full_cache_is_an_error_and_leaves_nothing_behind():
+def test_a_request_that_does_not_fit_alone_fails_and_leaves_nothing_behind():
     engine = Engine(tiny_model(), num_blocks=20, block_size=4)
-    with pytest.raises(OutOfBlocks, match="give the cache more blocks"):
-        engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=60))
-    assert not engine.is_busy
-    assert engine.cache.allocator.num_in_use == 0
+    (request,) = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=60))
+    assert request.finish_reason == "error"
+    assert "give the cache more blocks" in request.error
+    assert_empty(engine)
     assert engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=5))[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_blocks"),
+    [
+        (None, 100),
+        (DMCConfig(decision_bias=-1.0), 70),
+        (DMCConfig(decision_bias=-1.0, window_size=5), 70),
+    ],
+)
+def test_a_full_cache_loses_no_request_and_changes_no_text(settings, num_blocks):
+    model = tiny_model(settings)
+    sampling = SamplingParams(max_new_tokens=25, temperature=1.0, seed=5)
+    free = Engine(model).generate(PROMPTS, sampling)
+    full = Engine(model, num_blocks=num_blocks, block_size=3, max_sequences=4)
+    preempted, give_back = [], full.scheduler.give_back
+    full.scheduler.give_back = lambda requests: (preempted.extend(requests), give_back(requests))
+    crowded = full.generate(PROMPTS, sampling)
+    assert [request.output for request in crowded] == [request.output for request in free]
+    assert preempted
+    assert_empty(full)
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 7, 16])
+def test_long_prompts_are_read_in_parts(prefill_tokens):
+    model = tiny_model(DMCConfig(decision_bias=-1.0))
+    sampling = SamplingParams(max_new_tokens=10)
+    whole = Engine(model).generate(PROMPTS, sampling)
+    parts = Engine(model, prefill_tokens=prefill_tokens).generate(PROMPTS, sampling)
+    assert [request.output for request in parts] == [request.output for request in whole]
+    assert [request.usage.entries for request in parts] == [request.usage.entries for request in whole]
+
+
+def test_one_request_that_fails_leaves_the_others_alone():
+    engine = Engine(tiny_model(DMCConfig(decision_bias=-1.0)))
+    expected = Engine(engine.model).generate(PROMPTS, SamplingParams(max_new_tokens=8))
+
+    def listen(token):
+        raise OSError("the pipe is closed")
+
+    requests = [Request(list(prompt), SamplingParams(max_new_tokens=8)) for prompt in PROMPTS]
+    requests[1].on_token = listen
+    engine.submit(requests)
+    engine.step()
+    engine.abort(requests[3])
+    while engine.is_busy:
+        engine.step()
+    assert [request.finish_reason for request in requests] == ["length", "error", "length", "aborted"]
+    assert "the pipe is closed" in requests[1].error
+    assert [requests[index].output for index in (0, 2)] == [expected[index].output for index in (0, 2)]
+    assert_empty(engine)
+
+
+def test_an_interrupt_gives_everything_back_once(monkeypatch):
+    """Also where it comes while requests are being ended."""
+    engine = Engine(tiny_model())
+    ends = engine.runner.release
+
+    def interrupted(request):
+        ends(request)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.runner, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS, SamplingParams(max_new_tokens=2))
+    assert_empty(engine)
+    assert len(engine.runner.cache.add_sequences(32)) == 32
+
+
+def test_weights_that_are_not_numbers_fail_the_request():
+    source = RandomSource(tiny_llama())
+    source.tensors["model.norm.weight"] = torch.full((32,), torch.nan)
+    (request,) = Engine(Decoder(source)).generate([[1]], SamplingParams(max_new_tokens=3))
+    assert request.finish_reason == "error"
+    assert "not finite" in request.error
 
 
 @pytest.mark.parametrize(

@@ -31,28 +31,29 @@ def whole_log_probs(model, token_SB):
     return model.logits(model.forward(token_SB, trace)).log_softmax(-1), trace
 
 
-def decoded_log_probs(model, token_SB, prompt_lengths, **cache_options):
-    """Log-probabilities [S, B, V] of a prefill and then steps; rows start to decode when their own prompt ends."""
+def decoded_log_probs(model, token_SB, prompt_lengths, chunk=None, **cache_options):
+    """Log-probabilities [S, B, V] of prompts and then steps; rows start to decode when their own prompt ends.
+
+    ``chunk``: prompts are read in parts of at most so many tokens.
+    """
     batch = token_SB.shape[1]
     cache = model.new_cache(batch, block_size=4, **cache_options)
-    rows_B = cache.add_sequences(batch).flip(0)
-    length_B = torch.tensor(prompt_lengths)
-    longest = int(length_B.max())
-    padded_SB = token_SB[:longest].clone()
-    padded_SB[torch.arange(longest).unsqueeze(1) >= length_B] = 7
+    rows = cache.add_sequences(batch)[::-1]
     log_probs = torch.full((*token_SB.shape, 50), torch.nan)
-    prefilled = model.logits(model.prefill(padded_SB, length_B, cache, rows_B)).log_softmax(-1)
-    for row, length in enumerate(prompt_lengths):
-        log_probs[:length, row] = prefilled[:length, row]
-    for step in range(LENGTH):
-        active = (length_B + step < LENGTH).nonzero().squeeze(1)
-        if not len(active):
-            break
-        position = length_B[active] + step
-        hidden_BH = model.decode(token_SB[position, active], cache, rows_B[active])
-        log_probs[position, active] = model.logits(hidden_BH).log_softmax(-1)
-    cache.check_integrity()
-    return log_probs, cache, rows_B
+    done = [0] * batch
+    while any(count < LENGTH for count in done):
+        counts = [
+            min(limit - start, chunk or LENGTH) if start < limit else min(1, LENGTH - start)
+            for start, limit in zip(done, prompt_lengths, strict=True)
+        ]
+        active = [index for index in range(batch) if counts[index]]
+        parts = [token_SB[done[index] : done[index] + counts[index], index] for index in active]
+        hidden_TH = model.read(torch.cat(parts), [counts[i] for i in active], cache, [rows[i] for i in active])
+        for index, hidden in zip(active, hidden_TH.split([counts[i] for i in active]), strict=True):
+            log_probs[done[index] : done[index] + counts[index], index] = model.logits(hidden).log_softmax(-1)
+            done[index] += counts[index]
+        cache.check_integrity()
+    return log_probs, cache, rows
 
 
 @pytest.mark.parametrize("decisions_per", ["head", "layer"])
@@ -65,10 +66,10 @@ def test_whole_model(heads, window_size, decisions_per):
     expected, trace = whole_log_probs(model, token_SB)
     accumulated = torch.stack(trace.alpha).float().mean()
     assert 0.2 < accumulated < 0.8
-    decoded, cache, rows_B = decoded_log_probs(model, token_SB, [23, 1, 60])
+    decoded, cache, rows = decoded_log_probs(model, token_SB, [23, 1, 60])
     torch.testing.assert_close(decoded, expected, **TOLERANCE)
     appended_LBG = (~torch.stack(trace.alpha)).sum(dim=1)
-    assert torch.equal(cache.cache_seqlens[:, rows_B].long(), appended_LBG)
+    assert torch.equal(cache.cache_seqlens[:, rows].long(), appended_LBG)
 
 
 @pytest.mark.parametrize("window_size", [1, 12])
@@ -90,15 +91,27 @@ def test_any_border_between_prompt_and_steps(cut):
     torch.testing.assert_close(decoded, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("window_size", [0, 5, 12])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 33])
+def test_prompts_may_be_read_in_any_parts(chunk, window_size):
+    """Open segments, and entries of earlier parts that a later one overwrites, are carried over the borders."""
+    model = tiny_model(DMCConfig(window_size=window_size, decision_bias=-2.0))
+    token_SB = random_tokens(3)
+    expected, trace = whole_log_probs(model, token_SB)
+    decoded, cache, rows = decoded_log_probs(model, token_SB, [41, 3, 60], chunk=chunk)
+    torch.testing.assert_close(decoded, expected, **TOLERANCE)
+    assert torch.equal(cache.cache_seqlens[:, rows].long(), (~torch.stack(trace.alpha)).sum(dim=1))
+
+
 @pytest.mark.parametrize("settings", [None, DMCConfig(stage="off"), DMCConfig(stage="zero_out")])
 def test_models_that_do_not_compress(settings):
     model = tiny_model(settings)
     token_SB = random_tokens(3)
     expected, _ = whole_log_probs(model, token_SB)
-    decoded, cache, rows_B = decoded_log_probs(model, token_SB, [23, 1, 60])
+    decoded, cache, rows = decoded_log_probs(model, token_SB, [23, 1, 60], chunk=10)
     torch.testing.assert_close(decoded, expected, **TOLERANCE)
-    assert (cache.cache_seqlens[:, rows_B] == LENGTH).all()
-    assert cache.segments is None
+    assert (cache.cache_seqlens[:, rows] == LENGTH).all()
+    assert not cache.state
 
 
 def test_a_request_that_lost_its_cache_resumes():
@@ -107,16 +120,16 @@ def test_a_request_that_lost_its_cache_resumes():
     token_SB = random_tokens(2)
     expected, _ = whole_log_probs(model, token_SB)
     cache = model.new_cache(2, block_size=4)
-    rows_B = cache.add_sequences(2)
-    model.prefill(token_SB[:10], torch.tensor([10, 10]), cache, rows_B)
+    rows = cache.add_sequences(2)
+    model.read(token_SB[:10].T.flatten(), [10, 10], cache, rows)
     for t in range(10, 30):
-        model.decode(token_SB[t], cache, rows_B)
-    cache.free_sequences(rows_B)
-    assert cache.allocator.num_in_use == 0
-    rows_B = cache.add_sequences(2)
-    model.prefill(token_SB[:30], torch.tensor([30, 30]), cache, rows_B)
+        model.read(token_SB[t], [1, 1], cache, rows)
+    cache.free_sequences(rows)
+    assert cache.blocks.num_in_use == 0
+    rows = cache.add_sequences(2)
+    model.read(token_SB[:30].T.flatten(), [30, 30], cache, rows)
     for t in range(30, LENGTH):
-        log_probs = model.logits(model.decode(token_SB[t], cache, rows_B)).log_softmax(-1)
+        log_probs = model.logits(model.read(token_SB[t], [1, 1], cache, rows)).log_softmax(-1)
         torch.testing.assert_close(log_probs, expected[t], **TOLERANCE)
 
 
@@ -139,7 +152,7 @@ def test_paged_attention_equals_the_recurrence_of_the_paper(window_size, heads):
         cos_sin_S=cos_sin(torch.arange(40), inverse_frequencies(16, 10000.0)),
         window_size=window_size,
     )
-    for prefill_length in (0, 25):
-        output, paged_lengths = paged_decode(q_SBND, k_SBGD, v_SBGD, config, 10000.0, prefill_length)
+    for passes in ((), (25,), (1, 9, 20)):
+        output, paged_lengths = paged_decode(q_SBND, k_SBGD, v_SBGD, dmc.DMC(config), 10000.0, passes)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(paged_lengths[prefill_length:], lengths[prefill_length:])
+        assert torch.equal(paged_lengths[sum(passes) :], lengths[sum(passes) :])

@@ -17,7 +17,7 @@ def train(argv: list[str]) -> list[tuple[list[list[int]], np.ndarray | None]]:
     def described(model: Any, config: Any, batch: dict[str, Any]) -> Any:
         microbatch = describe(model, config, batch)
         tokens = batch["tokens"]
-        seen.append((microbatch.documents, None if tokens is None else tokens.numpy().copy()))
+        seen.append((microbatch.geometry.documents, None if tokens is None else tokens.numpy().copy()))
         return microbatch
 
     forward_step._microbatch = described

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_dmc.models.borrowed_channel import borrowed_rows_of_qkv
 from megatron_dmc.training import metrics, pretrain, start
-from megatron_dmc.training.model import attention
 from megatron_dmc.training.model.builder import DMCModelBuilder
 
 
@@ -64,8 +64,7 @@ def train(argv: list[str], watched: int = 0) -> Record:
     _record_steps(record)
     _record_validations(record)
     record_gradients(record, watched)
-    _record_decisions(record, watched)
-    pretrain.train(argv)
+    pretrain.train(argv, observer=_DecisionRecorder(record, watched))
     return record
 
 
@@ -85,7 +84,7 @@ def make_base(argv: list[str], spread: float) -> Record:
         queries = config.num_attention_heads // config.num_query_groups
         for layer in model.decoder.layers:
             weight = layer.self_attention.linear_qkv.weight.data
-            weight.view(-1, queries + 2, config.kv_channels, weight.shape[1])[:, : queries + 1, -1] *= spread
+            borrowed_rows_of_qkv(weight, queries, config.kv_channels).mul_(spread)
         return model
 
     DMCModelBuilder.build_model = build_spread
@@ -172,24 +171,23 @@ def _global_name(name: str, chunk: Any) -> str:
     return name
 
 
-def _record_decisions(record: Record, watched: int) -> None:
-    draw_noise, fraction = attention.logistic_noise, attention.dmc.decision_fraction
-    latest: dict[str, Any] = {}
+class _DecisionRecorder:
+    """Keeps what every layer decides in one step, and the noise that it decided with."""
 
-    def drawn(seed: int, step: int, sequence_B: Any, layer: int, head_G: Any, position_S: Any) -> Any:
-        noise = draw_noise(seed, step, sequence_B, layer, head_G, position_S)
-        latest.update(step=step, coordinates=(layer, sequence_B, head_G, position_S), noise=noise)
-        return noise
+    def __init__(self, record: Record, watched: int) -> None:
+        self._record, self._watched = record, watched
+        self._first_step: int | None = None
 
-    def read(logits_SBG: Any, noise_SBG: Any, *args: Any) -> Any:
-        if noise_SBG is not None:
-            assert noise_SBG is latest["noise"]
-            first_step = latest.setdefault("first step", latest["step"])
-            if latest["step"] == first_step + watched:
-                layer, *coordinates = latest["coordinates"]
-                tensors = [*coordinates, logits_SBG.detach().float(), noise_SBG]
-                record.decisions.append(Decisions(layer, *(tensor.numpy().copy() for tensor in tensors)))
-        return fraction(logits_SBG, noise_SBG, *args)
-
-    attention.logistic_noise = drawn
-    attention.dmc.decision_fraction = read
+    def __call__(self, microbatch: Any, layer_number: int, first_head: int, decisions: Any) -> None:
+        if microbatch.sequence_B is None:
+            return
+        if self._first_step is None:
+            self._first_step = microbatch.step
+        if microbatch.step != self._first_step + self._watched:
+            return
+        own_L = microbatch.geometry.query_T
+        logits_LBG = decisions.logits[own_L].detach().float()
+        noise_LBG = decisions.noise[own_L]
+        head_G = torch.arange(first_head, first_head + logits_LBG.shape[-1])
+        tensors = (microbatch.sequence_B, head_G, own_L, logits_LBG, noise_LBG)
+        self._record.decisions.append(Decisions(layer_number, *(tensor.numpy().copy() for tensor in tensors)))

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.methods import dmc
+from megatron_dmc.methods import DMC, Dense, dmc
 from megatron_dmc.ops.cache_update.reference import decode
+from megatron_dmc.ops.compressed_attention import Weights, compressed_attention
 from megatron_dmc.ops.compressed_attention.reference import compressed_attention as plain_attention
 from megatron_dmc.ops.decisions import hard_decisions, importance
+from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.masked_attention import masked_attention
-from megatron_dmc.ops.rope import cos_sin, inverse_frequencies
+from megatron_dmc.ops.rope import inverse_frequencies
 from tests.ops.comparison import assert_same
 
 
@@ -34,25 +36,27 @@ class Case:
     config: DMCConfig
     query_starts: list[int] | None = None
     documents: list[list[int]] | None = None
+    first_position: int = 0
 
     def fast(self, q: Tensor, k: Tensor, v: Tensor, decision: Tensor, importance: Tensor) -> Tensor:
-        output, _ = dmc.compressed_attention(
-            q, k, v, decision, importance, self.config, cos_sin_S=self.angles(k), noise_SBG=self.noise,
-            query_starts=self.query_starts, documents=self.documents,
-        )  # fmt: skip
-        return output
+        return self.attend(compressed_attention, q, k, v, decision, importance)
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor, decision: Tensor, importance: Tensor) -> Tensor:
-        noise = None if self.noise is None else self.noise.to(decision.dtype)
-        weights, _ = dmc.decision_weights(decision, importance, noise, self.config, self.documents)
-        return plain_attention(
-            q, k, v, weights, cos_sin_S=self.angles(k), window_size=self.config.window_size,
-            query_starts=self.query_starts, documents=self.documents,
-        )  # fmt: skip
+        return self.attend(plain_attention, q, k, v, decision, importance)
 
-    @staticmethod
-    def angles(k: Tensor) -> tuple[Tensor, Tensor]:
-        return cos_sin(torch.arange(k.shape[0]), inverse_frequencies(k.shape[-1], 10000.0))
+    def attend(self, form: Any, q: Tensor, k: Tensor, v: Tensor, decision: Tensor, importance: Tensor) -> Tensor:
+        geometry = self.geometry(q, k)
+        noise = None if self.noise is None else self.noise.to(decision.dtype)
+        decided = dmc.decide(decision, importance, geometry.first_SB, self.config, noise)
+        weights = Weights(decided.alpha, decided.omega, decided.key_bias)
+        return form(q, k, v, weights, geometry, window_size=self.config.window_size)
+
+    def geometry(self, q: Tensor, k: Tensor) -> Geometry:
+        frequencies = inverse_frequencies(k.shape[-1], 10000.0)
+        position_S = torch.arange(len(k)) + self.first_position
+        return Geometry(
+            len(k), k.shape[1], frequencies, self.query_starts, len(q), documents=self.documents, position_S=position_S
+        )
 
     def check(self) -> None:
         assert_same(self.fast, self.plain, self.inputs)
@@ -151,15 +155,16 @@ def test_hard_decisions_equal_decoding_token_by_token(window_size: int, decision
     k[..., -1] = 4 * k[..., -1] + 5
     config = DMCConfig(window_size=window_size, decisions_per=decisions_per)
     logits = dmc.read_logits(q, k, config)
-    angles = Case.angles(k)
-    output, alpha = dmc.compressed_attention(q, k, v, *logits, config, cos_sin_S=angles, noise_SBG=None)
+    geometry = case.geometry(q, k)
+    output, decisions = DMC(config).whole(q, k, v, geometry)
     omega = importance(logits[1], config.importance_epsilon)
     expected, lengths = decode(
-        q, k, v, hard_decisions(logits[0], 0.0), omega, cos_sin_S=angles, window_size=window_size
+        q, k, v, hard_decisions(logits[0], 0.0), omega, cos_sin_S=geometry.cos_sin_S, window_size=window_size
     )
     torch.testing.assert_close(output, expected, rtol=0, atol=5e-6)
-    assert torch.equal((~alpha).cumsum(0), lengths.long())
-    assert 0.2 < alpha.float().mean() < 0.8
+    appended = (~decisions.of_heads(k.shape[2]).hard).cumsum(0)
+    assert torch.equal(appended, lengths.long())
+    assert 0.2 < decisions.hard.float().mean() < 0.8
 
 
 def test_documents_are_computed_as_if_alone() -> None:
@@ -169,12 +174,9 @@ def test_documents_are_computed_as_if_alone() -> None:
     borders = [0, 13, 14, 40, 60]
     case.documents = [borders[:-1], borders[:-1]]
     together = case.fast(*case.inputs)
-    cos, sin = Case.angles(case.inputs[1])
     for start, end in itertools.pairwise(borders):
-        alone, _ = dmc.compressed_attention(
-            *(x[start:end] for x in case.inputs), case.config,
-            cos_sin_S=(cos[start:end], sin[start:end]), noise_SBG=case.noise[start:end],
-        )  # fmt: skip
+        part = Case([x[start:end] for x in case.inputs], case.noise[start:end], case.config, first_position=start)
+        alone = part.fast(*part.inputs)
         torch.testing.assert_close(together[start:end], alone, rtol=0, atol=2e-6)
 
 
@@ -183,8 +185,7 @@ def test_one_decision_per_layer_is_the_mean_over_its_heads() -> None:
     decision, importance_logits = dmc.read_logits(q, k, DMCConfig(decisions_per="layer"))
     torch.testing.assert_close(decision[..., 0], k[..., -1].mean(-1) - 5)
     torch.testing.assert_close(importance_logits[..., 0], q[..., -1].mean(-1) + 5)
-    assert dmc.num_decision_heads(3, DMCConfig(decisions_per="layer")) == decision.shape[-1] == 1
-    assert dmc.num_decision_heads(3, DMCConfig()) == 3
+    assert decision.shape[-1] == 1
 
 
 def test_tensor_parallel_ranks_average_to_the_layer() -> None:
@@ -200,8 +201,7 @@ def test_gradients_reach_the_borrowed_channels_through_the_logits_alone() -> Non
     case = make_case()
     q, k, v = (x.requires_grad_() for x in case.inputs[:3])
     logits = [x.detach().requires_grad_() for x in dmc.read_logits(q, k, case.config)]
-    output, _ = dmc.compressed_attention(q, k, v, *logits, case.config, cos_sin_S=Case.angles(k), noise_SBG=case.noise)
-    output.square().sum().backward()
+    case.fast(q, k, v, *logits).square().sum().backward()
     assert not q.grad[..., -1].any()
     assert not k.grad[..., -1].any()
     assert all(x.grad.abs().max() > 1e-6 for x in logits)
@@ -211,13 +211,19 @@ def test_decision_fraction_is_hard_with_the_gradient_of_the_relaxation() -> None
     logits = torch.randn(50, 2, 3, dtype=torch.float64, requires_grad=True)
     noise = torch.randn(50, 2, 3, dtype=torch.float64)
     config = DMCConfig(temperature=0.4)
-    fraction = dmc.decision_fraction(logits, noise, config)
+    first = torch.zeros(50, 2, dtype=torch.bool)
+    first[0] = True
+    fraction = dmc.decide(logits, logits, first, config, noise).fraction()
     torch.testing.assert_close(fraction, (logits + noise > 0).double().mean(0))
     (found,) = torch.autograd.grad(fraction.sum(), logits)
     (expected,) = torch.autograd.grad(torch.sigmoid((logits + noise) / 0.4).mean(0).sum(), logits)
     torch.testing.assert_close(found, expected)
-    without_noise = dmc.decision_fraction(logits, None, DMCConfig(decision_threshold=0.5))
+    without_noise = dmc.decide(logits, logits, first, DMCConfig(decision_threshold=0.5)).fraction()
     torch.testing.assert_close(without_noise, (logits > 0.5).double().mean(0))
+    some = torch.tensor([3, 4, 40])
+    torch.testing.assert_close(
+        dmc.decide(logits, logits, first, config, noise).fraction(some), (logits + noise > 0)[some].double().mean(0)
+    )
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -248,8 +254,9 @@ def test_faded_attention_ends_where_compression_begins(neuron_scale: float) -> N
     """At scale 1 plain causal attention, at 0 DMC that never accumulates."""
     case = make_case(70)
     q, k, v = case.inputs[:3]
-    angles = Case.angles(k)
-    found = dmc.faded_attention(q, k, v, neuron_scale, cos_sin_S=angles)
+    geometry = case.geometry(q, k)
+    angles = geometry.cos_sin_S
+    found, _ = Dense(neuron_scale).whole(q, k, v, geometry)
     scale = torch.ones(q.shape[-1], dtype=q.dtype)
     scale[-1] = neuron_scale
 
@@ -263,10 +270,9 @@ def test_faded_attention_ends_where_compression_begins(neuron_scale: float) -> N
     expected = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     if neuron_scale == 0:
-        logits = torch.full(k.shape[:-1], -1.0, dtype=q.dtype)
-        never, alpha = dmc.compressed_attention(q, k, v, logits, logits, case.config, cos_sin_S=angles, noise_SBG=None)
+        never, decisions = DMC(DMCConfig(decision_bias=50.0)).whole(q, k, v, geometry)
         torch.testing.assert_close(never, found, rtol=0, atol=1e-12)
-        assert not alpha.any()
+        assert not decisions.taken.any()
 
 
 def test_wrong_documents_are_named_before_any_work() -> None:
@@ -279,10 +285,14 @@ def test_wrong_documents_are_named_before_any_work() -> None:
 def test_wrong_logits_are_named() -> None:
     case = make_case(20)
     q, k, v, decision, importance_logits = case.inputs
-    with pytest.raises(ValueError, match=r"decision logits \(19, 2, 2\): must be"):
-        case.fast(q, k, v, decision[1:], importance_logits)
+    with pytest.raises(ValueError, match=r"importance logits \(20, 2, 2\): must be that .* \(19, 2, 2\)"):
+        dmc.decide(decision[1:], importance_logits, torch.zeros(19, 2, dtype=torch.bool), case.config)
     with pytest.raises(ValueError, match=r"noise \(20, 2, 2\): must be that of the decision logits \(20, 2, 1\)"):
-        case.fast(q, k, v, decision[..., :1], importance_logits)
+        case.fast(q, k, v, decision[..., :1], importance_logits[..., :1])
+    with pytest.raises(
+        ValueError, match=r"decision logits \(20, 2, 2\): the geometry was made for positions \(21, 2\)"
+    ):
+        DMC(case.config).whole(q, k, v, Geometry(21, 2, inverse_frequencies(16, 10000.0)))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -317,6 +327,6 @@ def test_attention_alone_is_linear_in_memory_too(free_window: int | None) -> Non
     q, k, v, key_bias, _ = make_case(512, (2, 1), 16, dtype=torch.float32).inputs
     key_bias = -key_bias.abs()
     with LargestTensor() as largest:
-        masked_attention(q.requires_grad_(), k, v, key_bias, free_window=free_window).sum().backward()
+        masked_attention(q.requires_grad_(), k, v, key_bias, Geometry(512, 2), free_window=free_window).sum().backward()
     assert q.grad is not None
     assert largest.elements < 2 * q.numel()

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import ModelConfig, RopeScaling, parse_hf_config, to_hf_config
+from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.models.hugging_face import parse_hf_config, to_hf_config
+from megatron_dmc.ops.rope import RopeScaling
 
 LLAMA2_7B = {
     "architectures": ["LlamaForCausalLM"],

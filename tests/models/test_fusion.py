@@ -43,7 +43,7 @@ def test_every_entry_survives_fusing_and_cutting(case):
         parts = [
             _numbered(*size, start=1 + 100_000 * place) for place, size in enumerate(entry.hf_shapes(shape.config))
         ]
-        layout = entry.mapping.layout
+        layout = entry.row.layout
         fused = layout.fuse(parts, shape)
         assert tuple(fused.shape) == entry.megatron_shape(shape)
         shards = layout.shard(fused, tensor_size)

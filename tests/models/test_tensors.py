@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megatron_dmc.models.config import to_hf_config
-from megatron_dmc.models.tensors import EXTRA_STATE_MODULES, TABLE, by_hf_name, check_names, entries
+from megatron_dmc.models.families import FAMILIES
+from megatron_dmc.models.hugging_face import to_hf_config
+from megatron_dmc.models.tensors import EXTRA_STATE_MODULES, ROWS, by_hf_name, check_names, entries
 from tests.checkpoints_convert.models import TINY, VARIANTS
 
 
@@ -20,11 +21,17 @@ def test_transformers_names_and_shapes(variant):
     assert ours == theirs
 
 
-def test_every_name_is_in_the_table_once():
-    assert len({row.megatron for row in TABLE}) == len(TABLE)
-    names = [name for row in TABLE for name, _ in row.hugging_face]
-    assert len(set(names)) == len(names)
-    assert all(any(row.megatron.startswith(module) for row in TABLE) for module in EXTRA_STATE_MODULES)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+def test_a_family_names_every_tensor_of_its_block_once(family):
+    roles = {part.role for row in ROWS if row.flag is None or getattr(family, row.flag) for part in row.parts}
+    assert family.tensor_names.keys() == roles
+    assert len(set(family.tensor_names.values())) == len(roles)
+    assert FAMILIES[family.name].name == family.name
+
+
+def test_every_module_with_an_extra_state_has_tensors():
+    assert len({row.megatron for row in ROWS}) == len(ROWS)
+    assert all(any(row.megatron.startswith(module) for row in ROWS) for module in EXTRA_STATE_MODULES)
 
 
 def test_entries_come_in_the_order_of_the_forward_pass():

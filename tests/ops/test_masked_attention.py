@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.masked_attention import HIDDEN, bias, blockwise, flash, masked_attention, merged
 from megatron_dmc.ops.masked_attention.reference import masked_attention as plain_attention
 from tests.ops.comparison import assert_same
@@ -27,8 +28,15 @@ def attention_inputs(
     return [x.to(dtype) for x in (q, k, v, key_bias)]
 
 
-def assert_equals_reference(inputs: list[Tensor], **geometry: object) -> None:
-    assert_same(lambda *x: masked_attention(*x, **geometry), lambda *x: plain_attention(*x, **geometry), inputs)
+def geometry_of(inputs: list[Tensor], query_starts: object = None, documents: object = None) -> Geometry:
+    q, k = inputs[:2]
+    return Geometry(len(k), k.shape[1], query_starts=query_starts, num_queries=len(q), documents=documents)
+
+
+def assert_equals_reference(inputs: list[Tensor], free_window: int | None = 0, **places: object) -> None:
+    geometry = geometry_of(inputs, **places)
+    forms = (masked_attention, plain_attention)
+    assert_same(*(lambda *x, form=form: form(*x, geometry, free_window=free_window) for form in forms), inputs)
 
 
 @pytest.mark.parametrize("window", [None, 0, 1, 12, 16])
@@ -58,8 +66,9 @@ def test_chunks_of_queries(query_starts: list[int], window: int | None) -> None:
 def test_hidden_keys_have_no_weight(window: int) -> None:
     q, k, v, key_bias = attention_inputs(70, dtype=torch.float32)
     key_bias = torch.where(key_bias < -1, HIDDEN, 0.0)
-    output = masked_attention(q, k, v, key_bias, free_window=window)
-    expected = plain_attention(q, k, v, torch.where(key_bias < 0, -torch.inf, 0.0), free_window=window)
+    geometry = Geometry(70, 2)
+    output = masked_attention(q, k, v, key_bias, geometry, free_window=window)
+    expected = plain_attention(q, k, v, torch.where(key_bias < 0, -torch.inf, 0.0), geometry, free_window=window)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
 
 
@@ -120,33 +129,28 @@ def test_folded_bias_makes_no_denormal_numbers(value: float, expected: float) ->
 
 def test_gradcheck() -> None:
     inputs = [x.requires_grad_() for x in attention_inputs(7, head_dim=2)]
-    geometry = {"free_window": 2, "documents": [[0, 3], [0]]}
-    torch.autograd.gradcheck(lambda *x: masked_attention(*x, **geometry), inputs, fast_mode=True)
+    geometry = geometry_of(inputs, documents=[[0, 3], [0]])
+    torch.autograd.gradcheck(lambda *x: masked_attention(*x, geometry, free_window=2), inputs, fast_mode=True)
 
 
 def test_no_gradient_where_none_is_asked() -> None:
     q, k, v, key_bias = attention_inputs(20)
-    assert not masked_attention(q, k, v, key_bias).requires_grad
+    assert not masked_attention(q, k, v, key_bias, Geometry(20, 2)).requires_grad
     v.requires_grad_()
-    masked_attention(q, k, v, key_bias).sum().backward()
+    masked_attention(q, k, v, key_bias, Geometry(20, 2)).sum().backward()
     assert v.grad is not None
     assert q.grad is None
 
 
-def test_wrong_geometry_is_named() -> None:
-    q, k, v, key_bias = attention_inputs(12)
-    wrong = [
-        ({"query_starts": [0, 5, 9, 1, 2]}, "12 queries in 5 chunks"),
-        ({"query_starts": [0, 7]}, r"those at \[7\] do not"),
-        ({"documents": [[0]]}, "documents of 1 rows for a batch of 2"),
-        ({"documents": [[0], [3]]}, r"document starts \[3\]: must ascend from 0"),
-        ({"documents": [[0], [0, 12]]}, "stay below the sequence length 12"),
-        ({"free_window": -1}, "free_window=-1: must be >= 0"),
-    ]
-    for geometry, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            masked_attention(q, k, v, key_bias, **geometry)
+def test_wrong_inputs_are_named() -> None:
+    inputs = attention_inputs(12)
+    q, k, v, key_bias = inputs
+    geometry = geometry_of(inputs)
+    with pytest.raises(ValueError, match="free_window=-1: must be >= 0"):
+        masked_attention(q, k, v, key_bias, geometry, free_window=-1)
     with pytest.raises(ValueError, match="key bias None"):
-        masked_attention(q, k, v, None)
+        masked_attention(q, k, v, None, geometry)
     with pytest.raises(ValueError, match="query heads must be a multiple"):
-        masked_attention(q[:, :, :3], k, v, key_bias)
+        masked_attention(q[:, :, :3], k, v, key_bias, geometry)
+    with pytest.raises(ValueError, match=r"keys and rows: the geometry was made for \(9, 9, 2\)"):
+        masked_attention(q, k, v, key_bias, Geometry(9, 2))

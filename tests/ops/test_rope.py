@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from megatron_dmc.models.config import RopeScaling
-from megatron_dmc.ops.rope import apply_rope, cos_sin, faded_rotation, inverse_frequencies, rotate, without_last_channel
+from megatron_dmc.ops.rope import (
+    RopeScaling,
+    apply_rope,
+    cos_sin,
+    faded_rotation,
+    inverse_frequencies,
+    rotate,
+    without_last_channel,
+)
 
 
 def test_rotates_pairs_of_channels() -> None:
@@ -77,8 +82,12 @@ def test_frequencies_are_those_of_transformers(scaling: RopeScaling | None, para
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(ValueError, match="head_dim=15"):
         inverse_frequencies(15, 10000.0)
-    with pytest.raises(ValueError, match="rope_type='yarn': supported are"):
-        inverse_frequencies(16, 10000.0, SimpleNamespace(rope_type="yarn"))
+    with pytest.raises(ValueError, match="rope_type='yarn': must be one of default, linear, llama3"):
+        RopeScaling("yarn", 2.0)
+    with pytest.raises(ValueError, match="factor=0"):
+        RopeScaling("linear", 0)
+    with pytest.raises(ValueError, match="high_freq_factor=1.0: must be above low_freq_factor=1.0"):
+        RopeScaling("llama3", 8.0, high_freq_factor=1.0)
 
 
 def test_without_last_channel_leaves_the_rest() -> None:

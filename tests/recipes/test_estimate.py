@@ -5,7 +5,8 @@ import json
 import pytest
 
 from megatron_dmc.cli import main
-from megatron_dmc.models.config import ModelConfig, to_hf_config
+from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.models.hugging_face import to_hf_config
 from megatron_dmc.recipes.estimate import Estimate, estimate, num_parameters, refuse_what_cannot_fit
 from megatron_dmc.recipes.recipe import SMALL_LLAMA, user_model_recipe
 

@@ -6,24 +6,10 @@ import dataclasses
 import pytest
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import ModelConfig, RopeScaling
 from megatron_dmc.training.arguments import (
     add_dmc_arguments,
-    check_shape,
     dmc_config_from_args,
-    llama_flags,
     with_defaults,
-)
-
-LLAMA = ModelConfig(
-    hidden_size=64,
-    num_layers=2,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    ffn_hidden_size=128,
-    vocab_size=100,
-    max_position_embeddings=64,
 )
 
 
@@ -64,21 +50,3 @@ def test_defaults_yield_to_flags_that_are_given():
         "--lr",
         "1",
     ]
-
-
-def test_shape_flags_of_a_scaled_model():
-    flags = llama_flags(dataclasses.replace(LLAMA, rope_scaling=RopeScaling("llama3", 8.0), rope_theta=5e5))
-    assert flags["--rope-scaling-factor"] == "8.0"
-    assert flags["--rotary-base"] == "500000"
-    assert "--untie-embeddings-and-output-weights" in flags
-
-
-def test_a_rope_that_megatron_cannot_express_is_refused():
-    with pytest.raises(ValueError, match="whole number"):
-        llama_flags(dataclasses.replace(LLAMA, rope_theta=10000.5))
-
-
-def test_a_flag_that_contradicts_the_checkpoint_is_refused():
-    check_shape(["--num-layers", "2"], llama_flags(LLAMA))
-    with pytest.raises(ValueError, match="--num-layers 3: the base checkpoint has 2"):
-        check_shape(["--num-layers", "3"], llama_flags(LLAMA))

@@ -1,22 +1,25 @@
-"""The compressed cache of all sequences: one pool of blocks, from which every head of every layer takes its own.
+"""The cache of all sequences: one pool of blocks, from which every head of every layer takes its own.
 
-A head cache is the list of entries of one (layer, sequence, KV head). It grows block by block, and only by its own
-appends, so the heads of a sequence have different lengths. Beside the entries lives the state of the open segments.
+A head cache is the list of entries of one (layer, sequence, KV head). Heads of one sequence may have different lengths.
+Which entries new tokens write is the method's business (``megatron_dmc.methods``), and so is what :attr:`state` means;
+here are memory and books. A pass reserves its blocks before it starts, writes layer by layer, and is committed.
 
-Legend: L layers, B sequences of a batch, G KV heads, T entries, D head dim, P entries per block (``block_size``),
-M blocks per head cache.
+Legend: L layers, B sequences of a pass, G KV heads, T new tokens, D head dim, P entries per block (``block_size``),
+M blocks per head cache, E entries.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dmc.inference.cache.block_allocator import BlockAllocator, OutOfBlocks
-from megatron_dmc.ops.cache_update import state_shape
+from megatron_dmc.inference.cache.allocator import Allocator, OutOfBlocks
+from megatron_dmc.methods.base import HeadCaches, Keep, Slot, State, Update
+from megatron_dmc.methods.step import Step
 from megatron_dmc.ops.paged_attention import entry_slots
 
 DEFAULT_BLOCK_SIZE = 16
@@ -29,7 +32,7 @@ class CacheShape:
     Args:
         num_layers, num_kv_heads, head_dim: of the model.
         dtype: of keys and values in the pool.
-        window_size: of the model's segments; None for a model that does not compress, which needs no segment state.
+        state: what the method keeps for every head beside them.
         block_size: entries per block, at least 1.
     """
 
@@ -37,7 +40,7 @@ class CacheShape:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    window_size: int | None = None
+    state: Mapping[str, Slot] = field(default_factory=dict)
     block_size: int = DEFAULT_BLOCK_SIZE
 
     def __post_init__(self) -> None:
@@ -49,9 +52,14 @@ class CacheShape:
         """Bytes of one block, keys and values."""
         return 2 * self.block_size * self.head_dim * self.dtype.itemsize
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the method's state of one head."""
+        return sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in self.state.values())
+
 
 class PagedKVCache:
-    """Blocks, block tables, lengths and running sums; owns all memory of the sequences in it.
+    """Blocks, block tables, lengths and the method's state; owns all memory of the sequences in it.
 
     A sequence occupies a row from :meth:`add_sequences` to :meth:`free_sequences`.
 
@@ -60,6 +68,11 @@ class PagedKVCache:
         num_sequences: rows, the sequences held at once.
         num_blocks: size of the pool; None lets it grow by half whenever it is full.
         device: of all tensors.
+
+    Attributes:
+        num_tokens: tokens that each row has seen, which is the position of its next one.
+        cache_seqlens: int32 [L, rows, G] entries of each head cache.
+        held_blocks: int32 [L, rows, G] blocks of each head cache, at least as many as its entries need.
     """
 
     def __init__(
@@ -74,135 +87,162 @@ class PagedKVCache:
         self._may_grow = num_blocks is None
         if num_blocks is None:
             num_blocks = shape.num_layers * shape.num_kv_heads * num_sequences
-        self.allocator = BlockAllocator(num_blocks)
+        self.blocks = Allocator(num_blocks)
+        self.rows = Allocator(num_sequences, "rows")
         self.k_blocks = torch.zeros(num_blocks, shape.block_size, shape.head_dim, dtype=shape.dtype, device=device)
         self.v_blocks = torch.zeros_like(self.k_blocks)
-        rows = (shape.num_layers, num_sequences, shape.num_kv_heads)
-        self.block_table = torch.zeros(*rows, 1, dtype=torch.int32, device=device)
-        self.cache_seqlens = torch.zeros(*rows, dtype=torch.int32, device=device)
-        self.num_tokens = torch.zeros(num_sequences, dtype=torch.int64, device=device)
-        """Tokens that each row has seen: the position of its next token."""
-        self.segments: Tensor | None = None
-        if shape.window_size is not None:
-            self.segments = torch.zeros(*rows, *state_shape(shape.head_dim, shape.window_size), device=device)
-        self._free_rows = list(reversed(range(num_sequences)))
+        heads = (shape.num_layers, num_sequences, shape.num_kv_heads)
+        self.block_table = torch.zeros(*heads, 1, dtype=torch.int32, device=device)
+        self.cache_seqlens = torch.zeros(*heads, dtype=torch.int32, device=device)
+        self.held_blocks = torch.zeros_like(self.cache_seqlens)
+        self.state = {
+            name: torch.zeros(*heads, *slot.shape, dtype=slot.dtype, device=device)
+            for name, slot in shape.state.items()
+        }
+        self.num_tokens = [0] * num_sequences
 
     @property
     def device(self) -> torch.device:
         """Where the cache lives."""
         return self.k_blocks.device
 
-    @property
-    def num_free_sequences(self) -> int:
-        """Rows that :meth:`add_sequences` can still give."""
-        return len(self._free_rows)
+    def add_sequences(self, count: int) -> list[int]:
+        """Rows for ``count`` new sequences; at most ``rows.num_free``."""
+        return self.rows.allocate(count)
 
-    def add_sequences(self, count: int) -> Tensor:
-        """Rows for ``count`` new sequences, int64 [count]; at most ``num_free_sequences``."""
-        assert count <= len(self._free_rows), f"{count} rows needed, {len(self._free_rows)} free"
-        return torch.tensor([self._free_rows.pop() for _ in range(count)], device=self.device)
-
-    def free_sequences(self, rows_B: Tensor) -> None:
-        """Give back the blocks and the rows of finished sequences."""
-        num_blocks_LBG = self._num_blocks(self.cache_seqlens[:, rows_B])
-        held_LBGM = self._table_columns() < num_blocks_LBG.unsqueeze(-1)
-        self.allocator.release(self.block_table[:, rows_B][held_LBGM].tolist())
+    def free_sequences(self, rows: Sequence[int]) -> None:
+        """Give back the blocks and the rows of finished sequences. A row that is free already is the caller's fault."""
+        self.rows.release(rows)
+        rows_B = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self._release(rows_B, torch.zeros_like(self.held_blocks[:, rows_B]))
         self.cache_seqlens[:, rows_B] = 0
-        self.num_tokens[rows_B] = 0
-        self._free_rows.extend(rows_B.tolist())
+        for tensor in self.state.values():
+            tensor[:, rows_B] = 0
+        for row in rows:
+            self.num_tokens[row] = 0
 
-    def write_prompt(self, layer: int, rows_B: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, lengths_BG: Tensor) -> None:
-        """Store the entries of whole prompts in one layer of empty rows.
-
-        Args:
-            k_BGTD, v_BGTD: rotated keys and values of the entries in order; those at or after ``lengths_BG`` are not
-                stored.
-            lengths_BG: int32 entries of each head.
+    def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        """Take the blocks that ``counts`` new tokens need at most, each of them appended to every head cache.
 
         Raises:
-            OutOfBlocks: a pool of fixed size is too small. Nothing was stored.
+            OutOfBlocks: a pool of fixed size is too small. Nothing was taken.
         """
-        needed_BGM = self._columns(k_BGTD.shape[2]) < self._num_blocks(lengths_BG).unsqueeze(-1)
-        self._assign_blocks(layer, rows_B, needed_BGM.nonzero())
-        entry_T = torch.arange(k_BGTD.shape[2], device=self.device)
-        stored_BGT = entry_T < lengths_BG.unsqueeze(-1)
-        slot_BGT = entry_slots(
-            self.block_table[layer, rows_B], entry_T.expand_as(stored_BGT) * stored_BGT, self.shape.block_size
-        )
-        self._write(slot_BGT[stored_BGT], k_BGTD[stored_BGT], v_BGTD[stored_BGT])
-        self.cache_seqlens[layer, rows_B] = lengths_BG
+        rows_B = torch.tensor(rows, device=self.device)
+        count_B1 = torch.tensor(counts, dtype=torch.int32, device=self.device).unsqueeze(-1)
+        held_LBG = self.held_blocks[:, rows_B]
+        wanted_LBG = torch.maximum(held_LBG, self._num_blocks(self.cache_seqlens[:, rows_B] + count_B1))
+        missing = int((wanted_LBG - held_LBG).sum())
+        if not missing:
+            return
+        blocks = torch.tensor(self._allocate(missing), dtype=torch.int32, device=self.device)
+        self._widen(int(wanted_LBG.max()))
+        column_M = self._columns()
+        new_LBGM = (column_M >= held_LBG.unsqueeze(-1)) & (column_M < wanted_LBG.unsqueeze(-1))
+        self.block_table[:, rows_B] = self.block_table[:, rows_B].masked_scatter(new_LBGM, blocks)
+        self.held_blocks[:, rows_B] = wanted_LBG
 
-    def write_newest(self, layer: int, rows_B: Tensor, append_BG: Tensor, k_BGD: Tensor, v_BGD: Tensor) -> None:
-        """Append an entry to some head caches of one layer, overwrite the newest of the others.
+    def before(self, layer: int, step: Step) -> tuple[State, Tensor]:
+        """State and int32 lengths [B, G] of the head caches of a pass in one layer."""
+        state = {name: tensor[layer, step.rows_B] for name, tensor in self.state.items()}
+        return state, self.cache_seqlens[layer, step.rows_B]
 
-        Args:
-            append_BG: bool; must be true for an empty head cache.
-            k_BGD, v_BGD: rotated key and value of the newest entry.
+    def write(self, layer: int, step: Step, update: Update) -> HeadCaches:
+        """Store what new tokens do to the head caches of one layer, in blocks that are reserved."""
+        table_BGM, before_BG = self.block_table[layer, step.rows_B], self.cache_seqlens[layer, step.rows_B]
+        end_TG = update.entry_TG + 1
+        if step.decodes:
+            slot_TG = entry_slots(table_BGM, update.entry_TG.long().unsqueeze(-1), self.shape.block_size).squeeze(-1)
+            self._store(slot_TG, update.k_TGD, update.v_TGD)
+            length_BG = torch.maximum(before_BG, end_TG)
+        else:
+            token, head = (end_TG > 0).nonzero(as_tuple=True)
+            entry = update.entry_TG[token, head].long()
+            block = table_BGM[step.sequence_T[token], head, entry // self.shape.block_size].long()
+            slots = block * self.shape.block_size + entry % self.shape.block_size
+            self._store(slots, update.k_TGD[token, head], update.v_TGD[token, head])
+            sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
+            length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
+        self.cache_seqlens[layer, step.rows_B] = length_BG
+        return HeadCaches(self.k_blocks, self.v_blocks, table_BGM, before_BG, length_BG)
 
-        Raises:
-            OutOfBlocks: a pool of fixed size is exhausted. Nothing was stored in this layer.
-        """
-        before_BG = self.cache_seqlens[layer, rows_B]
-        starts_block_BG = append_BG & (before_BG % self.shape.block_size == 0)
-        row_and_head = starts_block_BG.nonzero()
-        column = before_BG[starts_block_BG] // self.shape.block_size
-        self._assign_blocks(layer, rows_B, torch.cat([row_and_head, column.unsqueeze(-1)], dim=-1))
-        after_BG = before_BG + append_BG
-        newest_BG1 = (after_BG - 1).long().unsqueeze(-1)
-        slot_BG = entry_slots(self.block_table[layer, rows_B], newest_BG1, self.shape.block_size).squeeze(-1)
-        self._write(slot_BG, k_BGD, v_BGD)
-        self.cache_seqlens[layer, rows_B] = after_BG
+    def set_state(self, layer: int, step: Step, state: State) -> None:
+        """Keep the method's state of the head caches of one layer."""
+        for name, tensor in state.items():
+            self.state[name][layer, step.rows_B] = tensor
+
+    def compact(self, layer: int, step: Step, keep: Keep) -> None:
+        """Move the entries that survive to the front of their head caches."""
+        table_BGM = self.block_table[layer, step.rows_B]
+        place_E = torch.arange(int(keep.length_BG.max()), device=self.device)
+        kept_BGE = place_E < keep.length_BG.unsqueeze(-1)
+        entry_BGE = torch.where(kept_BGE, keep.entry_BGE[..., : len(place_E)], 0)
+        from_BGE = entry_slots(table_BGM, entry_BGE, self.shape.block_size)
+        to_BGE = entry_slots(table_BGM, torch.where(kept_BGE, place_E, 0), self.shape.block_size)
+        for pool in (self.k_blocks, self.v_blocks):
+            entries = pool.flatten(0, 1)
+            entries[to_BGE[kept_BGE]] = entries[from_BGE[kept_BGE]]
+        self.cache_seqlens[layer, step.rows_B] = keep.length_BG
+        self.set_state(layer, step, keep.state)
+
+    def commit(self, step: Step) -> None:
+        """End a pass: its tokens count, and the blocks that many new tokens did not need go back."""
+        for row, count in zip(step.rows, step.counts, strict=True):
+            self.num_tokens[row] += count
+        if not step.decodes:
+            self._release(step.rows_B, self._num_blocks(self.cache_seqlens[:, step.rows_B]))
 
     def check_integrity(self) -> None:
-        """Compare lengths, tables and free list. The message of the ``AssertionError`` is what does not hold."""
-        self.allocator.check_integrity()
-        num_blocks = self._num_blocks(self.cache_seqlens)
-        held = self.block_table[self._table_columns() < num_blocks.unsqueeze(-1)].tolist()
+        """Compare lengths, tables and free lists. The message of the ``AssertionError`` is what does not hold."""
+        self.blocks.check_integrity()
+        self.rows.check_integrity()
+        held = self.block_table[self._columns() < self.held_blocks.unsqueeze(-1)].tolist()
         assert len(held) == len(set(held)), f"distinct blocks {len(set(held))} != blocks in tables {len(held)}"
-        in_use = self.allocator.num_in_use
+        in_use = self.blocks.num_in_use
         assert len(held) == in_use, f"blocks in tables {len(held)} != blocks in use {in_use}"
+        short = int((self._num_blocks(self.cache_seqlens) > self.held_blocks).sum())
+        assert not short, f"head caches with fewer blocks than entries need: {short} != 0"
+        occupied = {row for row, held in enumerate(self.held_blocks.sum(dim=(0, 2)).tolist()) if held}
+        stray = sorted(row for row in occupied if not self.rows.is_in_use(row))
+        assert not stray, f"free rows that hold blocks: {stray} != []"
 
-    def _assign_blocks(self, layer: int, rows_B: Tensor, where: Tensor) -> None:
-        """Give a new block to each of ``where``, int64 [.., (index into rows_B, head, column)]."""
-        if not len(where):
-            return
-        try:
-            blocks = self._allocate(len(where))
-        except OutOfBlocks as error:
-            held = self.shape.block_size * self.allocator.num_in_use
-            raise OutOfBlocks(
-                f"the cache is full: {error}, up to {held} entries held by {self._num_rows_in_use()} sequences; "
-                "give the cache more blocks, decode fewer sequences at once, or shorten them"
-            ) from None
-        row, head, column = where.unbind(-1)
-        width = self.block_table.shape[-1]
-        longest = int(column.max()) + 1
-        if longest > width:
-            self.block_table = F.pad(self.block_table, (0, max(longest, 2 * width) - width))
-        self.block_table[layer, rows_B[row], head, column] = torch.tensor(blocks, dtype=torch.int32, device=self.device)
+    def _release(self, rows_B: Tensor, keep_LBG: Tensor) -> None:
+        """Give back the blocks of each head cache behind the first ``keep_LBG``."""
+        column_M, held_LBG1 = self._columns(), self.held_blocks[:, rows_B].unsqueeze(-1)
+        surplus_LBGM = (column_M >= keep_LBG.unsqueeze(-1)) & (column_M < held_LBG1)
+        self.blocks.release(self.block_table[:, rows_B][surplus_LBGM].tolist())
+        self.held_blocks[:, rows_B] = keep_LBG
 
     def _allocate(self, count: int) -> list[int]:
-        missing = count - self.allocator.num_free
+        missing = count - self.blocks.num_free
         if missing > 0 and self._may_grow:
-            extra = max(missing, self.allocator.num_blocks // 2)
-            self.k_blocks, self.v_blocks = (
-                torch.cat([pool, pool.new_zeros(extra, *pool.shape[1:])]) for pool in (self.k_blocks, self.v_blocks)
-            )
-            self.allocator.extend(extra)
-        return self.allocator.allocate(count)
+            self._grow(max(missing, self.blocks.total // 2))
+        try:
+            return self.blocks.allocate(count)
+        except OutOfBlocks as error:
+            held = self.shape.block_size * self.blocks.num_in_use
+            raise OutOfBlocks(
+                f"the cache is full: {error}, up to {held} entries held by {self.rows.num_in_use} sequences; "
+                "give the cache more blocks, decode fewer sequences at once, or shorten them"
+            ) from None
 
-    def _write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    def _grow(self, extra: int) -> None:
+        self.k_blocks, self.v_blocks = (
+            torch.cat([pool, pool.new_zeros(extra, *pool.shape[1:])]) for pool in (self.k_blocks, self.v_blocks)
+        )
+        self.blocks.extend(extra)
+
+    def _widen(self, num_blocks: int) -> None:
+        """Let every head cache have so many blocks."""
+        width = self.block_table.shape[-1]
+        if num_blocks > width:
+            self.block_table = F.pad(self.block_table, (0, max(num_blocks, 2 * width) - width))
+
+    def _store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         self.k_blocks.flatten(0, 1)[slots] = k
         self.v_blocks.flatten(0, 1)[slots] = v
 
     def _num_blocks(self, num_entries: Tensor) -> Tensor:
         return (num_entries + self.shape.block_size - 1) // self.shape.block_size
 
-    def _columns(self, num_entries: int) -> Tensor:
-        return torch.arange(-(-num_entries // self.shape.block_size), device=self.device)
-
-    def _table_columns(self) -> Tensor:
+    def _columns(self) -> Tensor:
         return torch.arange(self.block_table.shape[-1], device=self.device)
-
-    def _num_rows_in_use(self) -> int:
-        return len(self.num_tokens) - len(self._free_rows)

@@ -5,7 +5,7 @@ Legend: L layers, B sequences of a batch, G KV heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from megatron_dmc.inference.cache.paged_kv_cache import PagedKVCache
 class CacheUsage:
     """Memory of one or several sequences, read off a cache.
 
-    Bytes are whole blocks of keys and values plus the float32 state of open segments. Block tables (4 bytes a block)
-    are left out. The uncompressed cache has the same block size and no segment state.
+    Bytes are whole blocks of keys and values plus the method's state. Block tables (4 bytes a block) are left out. The
+    uncompressed cache has the same block size and no state.
     """
 
     num_sequences: int
@@ -32,25 +32,22 @@ class CacheUsage:
     uncompressed_blocks: int
     """Blocks that one head of one layer would hold without compression."""
     block_bytes: int
-    segment_bytes: int
-    """Bytes of running sums per layer and KV head, over all sequences."""
+    state_bytes: int
+    """Bytes of the method's state per layer and KV head, over all sequences."""
 
     @classmethod
-    def of(cls, cache: PagedKVCache, rows_B: Tensor) -> CacheUsage:
+    def of(cls, cache: PagedKVCache, rows: Sequence[int]) -> CacheUsage:
         """Usage of some rows of ``cache`` now."""
-        seqlens_LBG = cache.cache_seqlens[:, rows_B].long()
-        tokens_B = cache.num_tokens[rows_B]
+        index = list(rows)
         size = cache.shape.block_size
-        segments = cache.segments
-        state_numel = 0 if segments is None else segments[0, 0, 0].numel()
         return cls(
-            num_sequences=len(rows_B),
-            num_tokens=int(tokens_B.sum()),
-            entries=_table(seqlens_LBG.sum(dim=1)),
-            blocks=_table(((seqlens_LBG + size - 1) // size).sum(dim=1)),
-            uncompressed_blocks=int(((tokens_B + size - 1) // size).sum()),
+            num_sequences=len(index),
+            num_tokens=sum(cache.num_tokens[row] for row in index),
+            entries=_table(cache.cache_seqlens[:, index].sum(dim=1)),
+            blocks=_table(cache.held_blocks[:, index].sum(dim=1)),
+            uncompressed_blocks=sum(-(-cache.num_tokens[row] // size) for row in index),
             block_bytes=cache.shape.block_bytes,
-            segment_bytes=4 * state_numel * len(rows_B),
+            state_bytes=cache.shape.state_bytes * len(index),
         )
 
     @classmethod
@@ -64,7 +61,7 @@ class CacheUsage:
             blocks=_summed([part.blocks for part in parts]),
             uncompressed_blocks=sum(part.uncompressed_blocks for part in parts),
             block_bytes=parts[0].block_bytes,
-            segment_bytes=sum(part.segment_bytes for part in parts),
+            state_bytes=sum(part.state_bytes for part in parts),
         )
 
     @property
@@ -89,8 +86,8 @@ class CacheUsage:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of all blocks and running sums."""
-        return sum(sum(row) for row in self.blocks) * self.block_bytes + self.num_heads * self.segment_bytes
+        """Bytes of all blocks and of the state."""
+        return sum(sum(row) for row in self.blocks) * self.block_bytes + self.num_heads * self.state_bytes
 
     @property
     def uncompressed_bytes(self) -> int:
@@ -115,13 +112,13 @@ class CacheUsage:
             "entries": self.num_entries,
             "uncompressed_entries": self.uncompressed_entries,
             "bytes": self.bytes_held,
-            "segment_bytes": self.num_heads * self.segment_bytes,
+            "state_bytes": self.num_heads * self.state_bytes,
             "uncompressed_bytes": self.uncompressed_bytes,
             "bytes_ratio": self.uncompressed_bytes / max(self.bytes_held, 1),
             "per_layer_and_kv_head": {
                 "compression_ratio": [[self.num_tokens / max(n, 1) for n in row] for row in self.entries],
                 "entries": [list(row) for row in self.entries],
-                "bytes": [[n * self.block_bytes + self.segment_bytes for n in row] for row in self.blocks],
+                "bytes": [[n * self.block_bytes + self.state_bytes for n in row] for row in self.blocks],
             },
         }
 

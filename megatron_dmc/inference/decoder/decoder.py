@@ -1,27 +1,27 @@
-"""Llama in plain PyTorch, from any checkpoint that we read: one body, and attention given by the caller.
+"""Models of every family in plain PyTorch, from any checkpoint: one body, and attention given by the caller.
 
-Legend: S sequence, B batch, H hidden size, N query heads, G KV heads, D head dim, V vocabulary.
+Legend: S positions of whole sequences, T packed new tokens, B sequences, H hidden size, N query heads, G KV heads,
+D head dim, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dmc.checkpoint.source import Source
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
-from megatron_dmc.inference.decoder.layer_attention import (
-    Attention,
-    AttentionSettings,
-    DecisionTrace,
-    DecodeAttention,
-    FullSequenceAttention,
-    PrefillAttention,
-)
-from megatron_dmc.inference.weights import ModelSource
+from megatron_dmc.inference.decoder.layer_attention import Attention, CachedAttention, DecisionTrace, WholeAttention
+from megatron_dmc.methods import Method, method_of
+from megatron_dmc.methods.step import Step
 from megatron_dmc.models.config import DTYPES
+from megatron_dmc.models.tensors import by_hf_name, hf_name
+from megatron_dmc.ops.geometry import Geometry
+from megatron_dmc.ops.rope import inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,32 @@ class LayerWeights:
     gate_up: Tensor
     """Gate and up projections, one above the other."""
     down: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    """Norms over the channels of each query and key head, in families that have them."""
 
 
 class Decoder:
-    """A Llama that reads tokens and writes its cache; inference alone, no gradients.
+    """A model that reads tokens and writes its cache; inference alone, no gradients.
 
     Args:
         source: checkpoint or exported model.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the stored one.
         device: where it computes.
+        method: how the cache is kept; None: as the model was trained.
 
     Raises:
         ValueError: a tensor is missing or has another shape than the configuration says; an unknown dtype.
     """
 
-    def __init__(self, source: ModelSource, *, dtype: str | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        dtype: str | None = None,
+        device: torch.device | str = "cpu",
+        method: Method | None = None,
+    ) -> None:
         self.config = source.config
         self.settings = source.dmc
         dtype = dtype or self.config.dtype
@@ -58,37 +69,38 @@ class Decoder:
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
-        self.attention_settings = AttentionSettings(self.config, self.settings, self.device)
+        self.method = method or method_of(self.settings)
+        frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        self.inverse_frequencies = frequencies.to(self.device)
         self._load(source)
 
-    def _load(self, source: ModelSource) -> None:
+    def _load(self, source: Source) -> None:
         config = self.config
-        hidden, ffn, vocab = config.hidden_size, config.ffn_hidden_size, config.vocab_size
-        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-        def load(name: str, *shape: int) -> Tensor:
-            tensor = source.tensor(name)
+        def load(role: str, layer: int | None = None) -> Tensor:
+            name = hf_name(config, role, layer)
+            entry, place = by_hf_name(config)[name]
+            tensor, shape = source.tensor(name), entry.hf_shapes(config)[place]
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: the model's configuration says {shape}")
             return tensor.to(self.device, self.dtype)
 
-        def load_layer(prefix: str) -> LayerWeights:
-            attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-            qkv = [load(f"{attention}.{name}_proj.weight", kv_size, hidden) for name in ("k", "v")]
-            qkv = [load(f"{attention}.q_proj.weight", q_size, hidden), *qkv]
+        def load_layer(layer: int) -> LayerWeights:
             return LayerWeights(
-                attention_norm=load(f"{prefix}.input_layernorm.weight", hidden),
-                qkv=torch.cat(qkv),
-                attention_output=load(f"{attention}.o_proj.weight", hidden, q_size),
-                mlp_norm=load(f"{prefix}.post_attention_layernorm.weight", hidden),
-                gate_up=torch.cat([load(f"{mlp}.{name}_proj.weight", ffn, hidden) for name in ("gate", "up")]),
-                down=load(f"{mlp}.down_proj.weight", hidden, ffn),
+                attention_norm=load("attention_norm", layer),
+                qkv=torch.cat([load(role, layer) for role in ("q", "k", "v")]),
+                attention_output=load("attention_output", layer),
+                mlp_norm=load("mlp_norm", layer),
+                gate_up=torch.cat([load(role, layer) for role in ("gate", "up")]),
+                down=load("down", layer),
+                q_norm=load("q_norm", layer) if config.qk_norm else None,
+                k_norm=load("k_norm", layer) if config.qk_norm else None,
             )
 
-        self.embedding = load("model.embed_tokens.weight", vocab, hidden)
-        self.layers = [load_layer(f"model.layers.{index}") for index in range(config.num_layers)]
-        self.final_norm = load("model.norm.weight", hidden)
-        self.output = self.embedding if config.tie_word_embeddings else load("lm_head.weight", vocab, hidden)
+        self.embedding = load("embedding")
+        self.layers = [load_layer(layer) for layer in range(config.num_layers)]
+        self.final_norm = load("final_norm")
+        self.output = self.embedding if config.tie_word_embeddings else load("output")
 
     def new_cache(
         self, num_sequences: int, *, block_size: int = DEFAULT_BLOCK_SIZE, num_blocks: int | None = None
@@ -99,72 +111,82 @@ class Decoder:
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
-            window_size=self.settings.window_size if self.settings and self.settings.compresses else None,
+            state=self.method.state(self.config.head_dim),
             block_size=block_size,
         )
         return PagedKVCache(shape, num_sequences, num_blocks=num_blocks, device=self.device)
 
     @torch.no_grad()
     def forward(self, token_SB: Tensor, trace: DecisionTrace | None = None) -> Tensor:
-        """Hidden states [S, B, H] of whole sequences, with hard decisions and without a cache."""
-        return self._body(token_SB, FullSequenceAttention(self.attention_settings, len(token_SB), trace))
+        """Hidden states [S, B, H] of whole sequences, with hard decisions and without a cache.
+
+        Raises:
+            ValueError: the method has no form for whole sequences.
+        """
+        geometry = Geometry(token_SB.shape[0], token_SB.shape[1], self.inverse_frequencies)
+        return self._body(token_SB, WholeAttention(self.method, geometry, trace))
 
     @torch.no_grad()
-    def prefill(
+    def read(
         self,
-        token_SB: Tensor,
-        length_B: Tensor,
+        token_T: Tensor,
+        counts: Sequence[int],
         cache: PagedKVCache,
-        rows_B: Tensor,
+        rows: Sequence[int],
+        *,
+        ends_prompt: bool = True,
         trace: DecisionTrace | None = None,
     ) -> Tensor:
-        """Read whole prompts in one pass and fill the cache.
+        """Read new tokens of some sequences behind what the cache holds of them: prompts, parts of them, single tokens.
 
         Args:
-            token_SB: prompts, padded at their ends with any token.
-            length_B: tokens of each prompt, at least 1.
-            cache: with empty rows ``rows_B``.
-            rows_B: row of each prompt.
+            token_T: the new tokens, those of one sequence after those of another.
+            counts: new tokens of each sequence, at least 1.
+            cache: what was read before; holds the new tokens afterwards.
+            rows: row of each sequence.
+            ends_prompt: whether prompts are complete with these tokens.
             trace: filled with the decisions of each layer.
 
         Returns:
-            Hidden states [S, B, H]; those of the padding mean nothing.
-        """
-        whole = FullSequenceAttention(self.attention_settings, len(token_SB), trace)
-        hidden_SBH = self._body(token_SB, PrefillAttention(whole, cache, rows_B, length_B))
-        cache.num_tokens[rows_B] = length_B
-        return hidden_SBH
+            Hidden states [T, H].
 
-    @torch.no_grad()
-    def decode(
-        self, token_B: Tensor, cache: PagedKVCache, rows_B: Tensor, trace: DecisionTrace | None = None
-    ) -> Tensor:
-        """Read the next token of each sequence: hidden states [B, H]."""
-        attention = DecodeAttention(self.attention_settings, cache, rows_B, trace)
-        hidden_SBH = self._body(token_B.unsqueeze(0), attention)
-        cache.num_tokens[rows_B] += 1
-        return hidden_SBH[0]
+        Raises:
+            OutOfBlocks: the cache is of fixed size and too small; it is as it was.
+            ValueError: a part of a text, which the method can only read whole.
+        """
+        positions = [cache.num_tokens[row] for row in rows]
+        step = Step(rows, positions, counts, self.inverse_frequencies, ends_prompt)
+        if not self.method.reads_parts and not step.decodes and (step.continues or not ends_prompt):
+            raise ValueError(f"{self.method.name} reads a prompt whole, or one token at a time: parts were given")
+        cache.reserve(rows, counts)
+        hidden_TH = self._body(token_T, CachedAttention(self.method, cache, step, trace))
+        cache.commit(step)
+        return hidden_TH
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [..., V] from hidden states [..., H]."""
         return F.linear(hidden, self.output).float()
 
-    def _body(self, token_SB: Tensor, attention: Attention) -> Tensor:
-        hidden_SBH = F.embedding(token_SB, self.embedding)
+    def _body(self, tokens: Tensor, attention: Attention) -> Tensor:
+        """Hidden states [..., H] of tokens [...]."""
+        hidden = F.embedding(tokens, self.embedding)
         for index, layer in enumerate(self.layers):
-            q_SBND, k_SBGD, v_SBGD = self._project(hidden_SBH, layer)
-            mixed_SBH = attention(index, q_SBND, k_SBGD, v_SBGD).flatten(2)
-            hidden_SBH = hidden_SBH + F.linear(mixed_SBH, layer.attention_output)
-            gate, up = F.linear(self._norm(hidden_SBH, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            hidden_SBH = hidden_SBH + F.linear(F.silu(gate) * up, layer.down)
-        return self._norm(hidden_SBH, self.final_norm)
+            mixed = attention(index, *self._project(hidden, layer)).flatten(-2)
+            hidden = hidden + F.linear(mixed, layer.attention_output)
+            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+        return self._norm(hidden, self.final_norm)
 
-    def _project(self, hidden_SBH: Tensor, layer: LayerWeights) -> list[Tensor]:
+    def _project(self, hidden: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [..., N, D], keys and values [..., G, D]."""
         config = self.config
         heads = [config.num_attention_heads, config.num_kv_heads, config.num_kv_heads]
-        qkv = F.linear(self._norm(hidden_SBH, layer.attention_norm), layer.qkv)
-        return list(qkv.unflatten(-1, (sum(heads), config.head_dim)).split(heads, dim=2))
+        qkv = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv)
+        q, k, v = qkv.unflatten(-1, (sum(heads), config.head_dim)).split(heads, dim=-2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        return q, k, v
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm in float32."""

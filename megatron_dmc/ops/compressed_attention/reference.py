@@ -5,40 +5,28 @@ Shapes: S sequence of keys, T queries, B batch, N query heads, G KV heads, D hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from megatron_dmc.ops.compressed_attention import CosSin, Weights
+from megatron_dmc.ops.compressed_attention.weights import Weights
+from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.kv_pooling import reference as pooling
 from megatron_dmc.ops.masked_attention import reference as attention
-from megatron_dmc.ops.masked_attention.pieces import query_positions
 from megatron_dmc.ops.rope import apply_rope, without_last_channel
 
 
 def compressed_attention(
-    q_TBND: Tensor,
-    k_SBGD: Tensor,
-    v_SBGD: Tensor,
-    weights_SBG: Weights,
-    *,
-    cos_sin_S: CosSin,
-    window_size: int,
-    query_starts: Sequence[int] | None = None,
-    documents: Sequence[Sequence[int]] | None = None,
+    q_TBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, weights_SBG: Weights, geometry: Geometry, *, window_size: int
 ) -> Tensor:
-    """The function of the same name in the package, with the geometry in place of a plan."""
+    """The function of the same name in the package."""
     alpha, omega, key_bias = weights_SBG
     k_SBGD, v_SBGD = pooling.pool_kv(k_SBGD, v_SBGD, alpha, omega, window_size)
-    positions = query_positions(q_TBND.shape[0], query_starts)
     return attention.masked_attention(
-        rotated(q_TBND, *(x[positions] for x in cos_sin_S)),
-        rotated(k_SBGD, *cos_sin_S),
+        rotated(q_TBND, *(x[geometry.query_T] for x in geometry.cos_sin_S)),
+        rotated(k_SBGD, *geometry.cos_sin_S),
         v_SBGD,
         key_bias,
+        geometry,
         free_window=0,
-        query_starts=query_starts,
-        documents=documents,
     )
 
 

@@ -14,7 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.precision import accumulation_dtype, row_slices, without_negligible
+from megatron_dmc.ops.precision import accumulation_dtype, without_negligible
+from megatron_dmc.ops.slices import row_slices
 
 BLOCK = 16
 """Positions per block: fewer make more levels, more make longer chains of smaller operations."""

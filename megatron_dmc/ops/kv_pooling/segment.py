@@ -55,6 +55,6 @@ def pool_backward(
         grad_gate = grad_gate + along_gate
     # d/dz_t arrives through g_t = omega_t / z_t and through z_{t+1} = alpha_{t+1} z_t + omega_{t+1}.
     through_gate = -grad_gate * gate / z
-    grad_z = scans(z).gated_scan(shift(alpha_SBG, -1), None, through_gate[..., None], True)[..., 0]
+    grad_z = scans(z).gated_scan(shift(alpha_SBG, -1), None, through_gate[..., None], reverse=True)[..., 0]
     from_later = shift(alpha_SBG, -1) * shift(grad_z, -1)
     return tuple(grad_xs), shift(z, 1) * grad_z, grad_gate * decay / z + from_later

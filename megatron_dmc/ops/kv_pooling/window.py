@@ -52,7 +52,7 @@ def _weights(alpha: Tensor, window: int) -> _Weights:
 def _parts(x: Tensor, omega: Tensor, w: _Weights) -> tuple[Tensor, Tensor]:
     """Prefix and suffix sums of each block."""
     prefix = scans(x).gated_scan(w.inside, omega, x)
-    return prefix, scans(x).gated_scan(w.going_on, w.to_end * omega, x, True)
+    return prefix, scans(x).gated_scan(w.going_on, w.to_end * omega, x, reverse=True)
 
 
 def _window_sum(x: Tensor, omega: Tensor, w: _Weights, window: int) -> Tensor:
@@ -112,7 +112,7 @@ class _WeightGradients:
         grad_suffix = torch.zeros_like(grad_total)
         torch.mul(grad_total[lag:], w.bridge[lag:, ..., None], out=grad_suffix[:reached])
         through_suffix, along_gate, along_decay = scans(x).gated_scan_backward(
-            w.going_on, w.to_end * self.omega, x, suffix, grad_suffix, True
+            w.going_on, w.to_end * self.omega, x, suffix, grad_suffix, reverse=True
         )
         self.suffix_gain += along_gate + along_decay
         return grad_x.add_(through_suffix)
@@ -121,13 +121,13 @@ class _WeightGradients:
         """Gradients of alpha and omega."""
         w = self.weights
         # reach_t = alpha_t reach_{t-1} inside a block, with 1 before it; to_end_{s-1} = alpha_s to_end_s.
-        grad_reach = _scan_scalars(shift(w.inside, -1), self.bridge * w.going_on, True)
-        grad_to_end = _scan_scalars(w.inside, self.suffix_gain * self.omega, False)
+        grad_reach = _scan_scalars(shift(w.inside, -1), self.bridge * w.going_on, reverse=True)
+        grad_to_end = _scan_scalars(w.inside, self.suffix_gain * self.omega, reverse=False)
         reach_before = shift(w.reach, 1).masked_fill(w.starts, 1.0)
         inside_block = self.inside + w.to_end * shift(grad_to_end, 1)
         grad_alpha = inside_block.masked_fill(w.starts, 0.0) + grad_reach * reach_before
         return grad_alpha, self.prefix_gain + w.to_end * self.suffix_gain
 
 
-def _scan_scalars(decay: Tensor, x: Tensor, reverse: bool) -> Tensor:
-    return scans(x).gated_scan(decay, None, x[..., None], reverse)[..., 0]
+def _scan_scalars(decay: Tensor, x: Tensor, *, reverse: bool) -> Tensor:
+    return scans(x).gated_scan(decay, None, x[..., None], reverse=reverse)[..., 0]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_dmc.ops.masked_attention.flash import kernel_for
 from megatron_dmc.ops.masked_attention.pieces import Piece, Shape
-from megatron_dmc.ops.precision import accumulation_dtype, row_slices
+from megatron_dmc.ops.precision import accumulation_dtype
+from megatron_dmc.ops.slices import row_slices
 
 Operands = tuple[Tensor, Tensor, Tensor]
 """q [B, N, T, D], k and v [B, G, S, D], or their gradients."""
@@ -56,7 +57,7 @@ def attend(plan: Plan, near: Operands, far: Operands | None = None) -> tuple[Ten
         found = kernel.forward(q_piece, k_piece, v_piece, piece.shape is not Shape.FULL, plan.scale)
         out_piece, lse_piece = (_oriented(piece, x) for x in found)
         seen = (piece.rows, slice(None), piece.queries)
-        _merge(out[seen], lse[seen], out_piece[..., : v.shape[-1]], lse_piece)
+        merge(out[seen], lse[seen], out_piece[..., : v.shape[-1]], lse_piece)
     return out, lse
 
 
@@ -132,7 +133,7 @@ def _oriented(piece: Piece, x: Tensor) -> Tensor:
     return x.flip(2) if piece.shape is Shape.UPPER else x
 
 
-def _merge(out: Tensor, lse: Tensor, out_piece: Tensor, lse_piece: Tensor) -> None:
+def merge(out: Tensor, lse: Tensor, out_piece: Tensor, lse_piece: Tensor) -> None:
     """Add a piece to ``out`` and ``lse`` in place."""
     merged = torch.logaddexp(lse, lse_piece)
     share = torch.exp(lse_piece - merged)[..., None]

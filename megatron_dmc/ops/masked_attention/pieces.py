@@ -12,9 +12,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 ALL_FREE = None
 """Free window of plain causal attention: no key is ever biased."""
 
@@ -80,12 +77,6 @@ def cut(
                     cutter = _Cutter(rows, chunk * chunk_length - first, start)
                     pieces += cutter.segment(begin, stop, free_window)
     return pieces
-
-
-def query_positions(num_queries: int, query_starts: Sequence[int] | None) -> Tensor:
-    """Positions [T] in the sequence of the queries, given the starts of their equally long chunks."""
-    starts = [0] if query_starts is None else query_starts
-    return torch.cat([torch.arange(num_queries // len(starts)) + start for start in starts])
 
 
 def _equal_rows(documents: Sequence[Sequence[int]]) -> Iterator[tuple[slice, list[int]]]:

@@ -1,8 +1,8 @@
-"""Compressing attention in Megatron: raw projections in, attention output out, one path for every stage.
+"""Compressing attention in Megatron: raw projections in, attention output out, one path for every method and stage.
 
 ``DMCSelfAttention`` only withholds Megatron's rotary embedding: keys are pooled before they are rotated.
-``DMCCoreAttention`` then does everything between the projections: decisions, pooling, rotation, masked attention
-(``methods.dmc``), and reports its decisions to the micro-batch.
+``MethodCoreAttention`` then does everything between the projections by the method's form for whole sequences
+(``megatron_dmc.methods``), and reports its decisions to the micro-batch.
 
 Legend: S sequence (whole), L local sequence of a context-parallel rank, B batch, N query heads, G KV heads of this
 rank, D head dim.
@@ -18,9 +18,10 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_dmc.methods import dmc
+from megatron_dmc.methods import method_of
+from megatron_dmc.methods.base import Ranks
+from megatron_dmc.methods.decisions import Decisions
 from megatron_dmc.ops.noise import logistic_noise
-from megatron_dmc.ops.rope import cos_sin, inverse_frequencies
 from megatron_dmc.training.model.config import DMCTransformerConfig
 from megatron_dmc.training.model.decision_statistics import AttachStatistic
 from megatron_dmc.training.model.microbatch import Microbatch
@@ -34,8 +35,8 @@ class DMCSelfAttention(SelfAttention):
         return super().forward(*args, **kwargs)
 
 
-class DMCCoreAttention(torch.nn.Module):
-    """Attention with a compressed cache, all positions at once. No parameters, no buffers: the checkpoint is Llama's.
+class MethodCoreAttention(torch.nn.Module):
+    """Attention of a method, all positions at once. No parameters, no buffers: the checkpoint is Llama's.
 
     Args:
         config: transformer configuration with DMC's settings.
@@ -81,113 +82,75 @@ class DMCCoreAttention(torch.nn.Module):
         microbatch = attention_bias
         assert isinstance(microbatch, Microbatch)
         assert packed_seq_params is None
-        if self.config.dmc.compresses:
-            output_LBND = self._compressed(query, key, value, microbatch)
-        else:
-            output_LBND = self._faded(query, key, value, microbatch)
+        method = method_of(self.config.dmc, microbatch.neuron_scale)
+        output_LBND, decisions = method.whole(
+            query,
+            key,
+            value,
+            microbatch.geometry,
+            noise=None if microbatch.sequence_B is None else lambda heads: self._noise(microbatch, heads),
+            ranks=Ranks(self._mean_over_heads, self._whole_sequence),
+        )
+        if decisions is not None:
+            output_LBND = self._report(output_LBND, decisions, microbatch)
         return output_LBND.reshape(*output_LBND.shape[:2], -1)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing of this module is stored."""
         return {}
 
-    def _compressed(self, q_LBND: Tensor, k_LBGD: Tensor, v_LBGD: Tensor, microbatch: Microbatch) -> Tensor:
-        settings = self.config.dmc
-        decision_LBG, importance_LBG = dmc.read_logits(q_LBND, k_LBGD, settings)
-        if settings.decisions_per == "layer":
-            decision_LBG = _mean_over_ranks(decision_LBG, self.tp_group)
-            importance_LBG = _mean_over_ranks(importance_LBG, self.tp_group)
-        local = self._local_positions(len(q_LBND), q_LBND.device)
-        noise_LBG = self._noise(microbatch, local, decision_LBG.shape[-1])
-        fraction_BG = dmc.decision_fraction(decision_LBG, noise_LBG, settings)
-        self._report(fraction_BG, k_LBGD, microbatch)
-        k_SBGD, v_SBGD, decision_SBG, importance_SBG = (
-            self._gather(local_part) for local_part in (k_LBGD, v_LBGD, decision_LBG, importance_LBG)
-        )
-        sequence_length = len(k_SBGD)
-        noise_SBG = noise_LBG
-        if self.cp_group.size() > 1:
-            everywhere = torch.arange(sequence_length, device=q_LBND.device)
-            noise_SBG = self._noise(microbatch, everywhere, decision_LBG.shape[-1])
-        output_LBND, _ = dmc.compressed_attention(
-            q_LBND,
-            k_SBGD,
-            v_SBGD,
-            decision_SBG,
-            importance_SBG,
-            settings,
-            cos_sin_S=self._rotation(sequence_length, q_LBND.device),
-            noise_SBG=noise_SBG,
-            query_starts=self._query_starts(len(q_LBND)),
-            documents=microbatch.documents,
-        )
+    def _report(self, output_LBND: Tensor, decisions: Decisions, microbatch: Microbatch) -> Tensor:
+        """Count what this rank decided, and let the compression loss in through the output's gradient."""
+        geometry = microbatch.geometry
+        fraction_BG = decisions.fraction(None if self.cp_group.size() == 1 else geometry.query_T)
+        # A mean of decisions times their number is a count: rounding undoes the division exactly.
+        count_BG = (fraction_BG.detach().double() * geometry.query_count).round().to(torch.int64)
+        heads_per_decision = self._num_kv_heads // count_BG.shape[1]
+        microbatch.statistics.decided_B[self.layer_number] = count_BG.sum(dim=1) * heads_per_decision
+        if microbatch.observer is not None:
+            microbatch.observer(microbatch, self.layer_number, self._first_head(count_BG.shape[1]), decisions)
         if not fraction_BG.requires_grad:
             return output_LBND
-        share = settings.loss_weight * self._share(microbatch, batch=q_LBND.shape[1])
+        share = self.config.dmc.loss_weight * self._share(microbatch)
         return AttachStatistic.apply(output_LBND, fraction_BG.mean(dim=1), share, microbatch)
 
-    def _faded(self, q_LBND: Tensor, k_LBGD: Tensor, v_LBGD: Tensor, microbatch: Microbatch) -> Tensor:
-        k_SBGD, v_SBGD = self._gather(k_LBGD), self._gather(v_LBGD)
-        return dmc.faded_attention(
-            q_LBND,
-            k_SBGD,
-            v_SBGD,
-            microbatch.neuron_scale,
-            cos_sin_S=self._rotation(len(k_SBGD), q_LBND.device),
-            query_starts=self._query_starts(len(q_LBND)),
-            documents=microbatch.documents,
-        )
-
-    def _report(self, fraction_BG: Tensor, k_LBGD: Tensor, microbatch: Microbatch) -> None:
-        # A mean of decisions times their number is a count: rounding undoes the division exactly.
-        length, _, num_heads, _ = k_LBGD.shape
-        count_BG = (fraction_BG.detach().double() * length).round().to(torch.int64)
-        heads_per_decision = num_heads // count_BG.shape[1]
-        microbatch.accumulated_B[self.layer_number] = count_BG.sum(dim=1) * heads_per_decision
-
-    def _share(self, microbatch: Microbatch, batch: int) -> float:
+    def _share(self, microbatch: Microbatch) -> float:
         """Part of the whole model's decisions that this layer takes on this rank.
 
         With ``--calculate-per-token-loss`` Megatron divides the gradients of a step by its tokens; then a
         micro-batch counts with its own, masked ones included, since earlier stages never see the mask.
         """
         share = 1.0 / (self.config.num_layers * self.tp_group.size() * self.cp_group.size())
-        return share * microbatch.sequence_length * batch if self.config.calculate_per_token_loss else share
+        geometry = microbatch.geometry
+        return share * geometry.length * geometry.batch if self.config.calculate_per_token_loss else share
 
-    def _noise(self, microbatch: Microbatch, position_S: Tensor, num_heads: int) -> Tensor | None:
-        if microbatch.sequence_B is None:
-            return None
-        per_head = self.config.dmc.decisions_per == "head"
-        first_head = self.tp_group.rank() * num_heads if per_head else 0
+    @property
+    def _num_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return self.config.num_query_groups // self.tp_group.size()
+
+    def _first_head(self, num_heads: int) -> int:
+        """Ordinal of this rank's first deciding head in the layer; 0 where the layer decides at once."""
+        return self.tp_group.rank() * num_heads if num_heads == self._num_kv_heads else 0
+
+    def _noise(self, microbatch: Microbatch, num_heads: int) -> Tensor:
+        """Logistic noise [S, B, heads] of all positions, the same on every rank that computes them."""
+        assert microbatch.sequence_B is not None
+        device = microbatch.geometry.device
+        first_head = self._first_head(num_heads) if self.config.dmc.decisions_per == "head" else 0
         return logistic_noise(
             self.config.dmc.noise_seed,
             microbatch.step,
-            microbatch.sequence_B.to(position_S.device),
+            microbatch.sequence_B.to(device),
             self.layer_number,
-            torch.arange(first_head, first_head + num_heads, device=position_S.device),
-            position_S,
+            torch.arange(first_head, first_head + num_heads, device=device),
+            torch.arange(microbatch.geometry.length, device=device),
         )
 
-    def _rotation(self, sequence_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        frequencies = inverse_frequencies(self.config.kv_channels, self.config.rope_theta, self.config.rope_stretch)
-        return cos_sin(torch.arange(sequence_length, device=device), frequencies.to(device))
+    def _mean_over_heads(self, tensor: Tensor) -> Tensor:
+        return tensor if self.tp_group.size() == 1 else _MeanOverRanks.apply(tensor, self.tp_group)
 
-    def _query_starts(self, local_length: int) -> tuple[int, int] | None:
-        """Start positions of this rank's two chunks: context parallelism deals chunks r and 2 cp - 1 - r to rank r."""
-        size, rank = self.cp_group.size(), self.cp_group.rank()
-        if size == 1:
-            return None
-        chunk = local_length // 2
-        return rank * chunk, (2 * size - 1 - rank) * chunk
-
-    def _local_positions(self, local_length: int, device: torch.device) -> Tensor:
-        starts = self._query_starts(local_length)
-        if starts is None:
-            return torch.arange(local_length, device=device)
-        chunk = local_length // 2
-        return torch.cat([torch.arange(start, start + chunk, device=device) for start in starts])
-
-    def _gather(self, local: Tensor) -> Tensor:
+    def _whole_sequence(self, local: Tensor) -> Tensor:
         """The whole sequence in order from the chunks of all context-parallel ranks; backward sums and scatters."""
         size = self.cp_group.size()
         if size == 1:
@@ -209,10 +172,6 @@ class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         return _all_reduced(grad_outputs[0], ctx.group) / ctx.group.size(), None
-
-
-def _mean_over_ranks(tensor: Tensor, group: Any) -> Tensor:
-    return tensor if group.size() == 1 else _MeanOverRanks.apply(tensor, group)
 
 
 def _all_reduced(tensor: Tensor, group: Any) -> Tensor:

@@ -1,7 +1,4 @@
-"""The weight rows that produce the borrowed channels: the last channel of every query and key head.
-
-Legend: G KV groups of this rank, q query heads of a group, D head dim.
-"""
+"""The start of ``retrofit`` in Megatron's weights: the borrowed channels are zero, and able to learn."""
 
 from __future__ import annotations
 
@@ -9,20 +6,23 @@ from typing import Any
 
 import torch
 
+from megatron_dmc.models.borrowed_channel import borrowed_rows, borrowed_rows_of_qkv
+
 
 @torch.no_grad()
 def clear_borrowed_rows(model: Any) -> None:
     """Set the rows (and biases, if any) to zero, in place, so that decisions start at ``sigmoid(-decision_bias)``.
 
-    ``linear_qkv`` holds per KV group the rows of its query heads, its key head and its value head; tensor parallelism
-    cuts between groups, so a rank's part has the same order.
+    Where queries and keys are normalised, the norm passes the channel on unscaled: ``models.borrowed_channel`` says
+    why. Tensor parallelism cuts ``linear_qkv`` between groups, so a rank's part has the order of the whole.
     """
     config = model.config
     queries_per_group = config.num_attention_heads // config.num_query_groups
     for layer in model.decoder.layers:
-        linear = layer.self_attention.linear_qkv
-        for parameter in (linear.weight, getattr(linear, "bias", None)):
-            if parameter is None or parameter.numel() == 0:
-                continue
-            heads_GhD = parameter.data.view(-1, queries_per_group + 2, config.kv_channels, *parameter.shape[1:])
-            heads_GhD[:, : queries_per_group + 1, -1] = 0
+        attention = layer.self_attention
+        for parameter in (attention.linear_qkv.weight, getattr(attention.linear_qkv, "bias", None)):
+            if parameter is not None and parameter.numel():
+                borrowed_rows_of_qkv(parameter.data, queries_per_group, config.kv_channels).zero_()
+        if config.qk_layernorm:
+            for norm in (attention.q_layernorm, attention.k_layernorm):
+                borrowed_rows(norm.weight.data, config.kv_channels).fill_(1)

@@ -7,7 +7,6 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from megatron.training.models.gpt import GPTModelBuilder
 
-from megatron_dmc.models.config import RopeScaling
 from megatron_dmc.training.model.gpt_model import DMCGPTModel
 from megatron_dmc.training.model.layer_spec import dmc_block_spec
 from megatron_dmc.training.model.requirements import check_model_config
@@ -27,8 +26,6 @@ class DMCModelBuilder(GPTModelBuilder):
         if transformer.dmc.stage == "off":
             return super().build_model(*args, **kwargs)
         check_model_config(model_config)
-        transformer.rope_theta = float(model_config.rotary_base)
-        transformer.rope_stretch = _rope_stretch(model_config)
         transformer.experimental_attention_variant_loss_scale_func = transformer.dmc_gradient_scale.set
         if transformer.dmc.compresses and transformer.pipeline_model_parallel_size > 1:
             # The row of statistics makes the tensors between stages longer than Megatron expects. Its constructor
@@ -39,11 +36,3 @@ class DMCModelBuilder(GPTModelBuilder):
         # Megatron's builder names its model class; ours only overrides methods, so the class can be exchanged.
         model.__class__ = DMCGPTModel
         return model
-
-
-def _rope_stretch(model_config: Any) -> RopeScaling | None:
-    if model_config.rope_scaling:
-        return RopeScaling("llama3", float(model_config.rope_scaling_factor))
-    if model_config.seq_len_interpolation_factor:
-        return RopeScaling("linear", float(model_config.seq_len_interpolation_factor))
-    return None

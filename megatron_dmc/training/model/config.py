@@ -9,8 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import RopeScaling
-from megatron_dmc.training.model.microbatch import GradientScale
+from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.training.model.microbatch import GradientScale, Observer
 
 
 @dataclass
@@ -27,6 +27,7 @@ class DMCTransformerConfig(TransformerConfig):
     dmc_clear_borrowed_rows: bool = False
     dmc_vocab_size: int | None = None
     dmc_gradient_scale: GradientScale = field(default_factory=GradientScale)
+    dmc_observer: Observer | None = None
 
 
 @dataclass(kw_only=True)

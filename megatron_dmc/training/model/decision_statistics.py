@@ -1,6 +1,6 @@
 """The compression loss through layers, recompute and pipeline stages.
 
-The loss of sequence b is ``max(0, target - f_b)`` with f_b the share of accumulating decisions over *all* layers, KV
+The loss of sequence b is ``max(0, target - f_b)`` with f_b the share of positive decisions over *all* layers, KV
 heads and positions ([DMC] eq. 11; one hinge per sequence, whatever the layout). Its gradient with respect to any
 decision is a constant times a gate that is 1 while the hinge is open. So forward only counts have to be summed, and
 backward only the gate has to come back:
@@ -39,10 +39,10 @@ class AttachStatistic(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        microbatch = ctx.microbatch
-        assert microbatch.gate_B is not None, "the gate must be known before the backward pass of a layer"
-        gate_B = microbatch.gate_B.float()
-        grad_fraction_B = -gate_B * (ctx.share / gate_B.numel()) * microbatch.gradient_scale.value
+        gate_B = ctx.microbatch.statistics.gate_B
+        assert gate_B is not None, "the gate must be known before the backward pass of a layer"
+        gate_B = gate_B.float()
+        grad_fraction_B = -gate_B * (ctx.share / gate_B.numel()) * ctx.microbatch.gradient_scale.value
         return grad_outputs[0], grad_fraction_B, None, None
 
 
@@ -53,12 +53,12 @@ class AppendRow(torch.autograd.Function):
     def forward(ctx: Any, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
         ctx.microbatch = microbatch
         row = hidden_SBH.new_zeros((1, *hidden_SBH.shape[1:]))
-        row[0, :, :_DIGITS] = _to_digits(microbatch.accumulated_total_B()).to(row.dtype)
+        row[0, :, :_DIGITS] = _to_digits(microbatch.statistics.total_B()).to(row.dtype)
         return torch.cat([hidden_SBH, row])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        ctx.microbatch.gate_B = grad_outputs[0][-1, :, 0].float()
+        ctx.microbatch.statistics.gate_B = grad_outputs[0][-1, :, 0].float()
         return grad_outputs[0][:-1], None
 
 
@@ -68,14 +68,14 @@ class StripRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, received_SBH: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
         ctx.microbatch = microbatch
-        microbatch.received_B = _from_digits(received_SBH[-1, :, :_DIGITS])
+        microbatch.statistics.received_B = _from_digits(received_SBH[-1, :, :_DIGITS])
         return received_SBH[:-1].clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         grad = grad_outputs[0]
         row = grad.new_zeros((1, *grad.shape[1:]))
-        row[0, :, 0] = ctx.microbatch.gate_B.to(grad.dtype)
+        row[0, :, 0] = ctx.microbatch.statistics.gate_B.to(grad.dtype)
         return torch.cat([grad, row]), None
 
 

@@ -79,10 +79,11 @@ class DMCGPTModel(GPTModel):
     @torch.no_grad()
     def _close_statistics(self, microbatch: Microbatch) -> None:
         """Sum the counts over the ranks that share these sequences; every rank computes the same gate from them."""
-        count_B = microbatch.accumulated_total_B()
+        statistics = microbatch.statistics
+        count_B = statistics.total_B()
         for group in (self.pg_collection.tp, self.pg_collection.cp):
             if group.size() > 1:
                 torch.distributed.all_reduce(count_B, group=group)
-        decisions = self.config.num_layers * self.config.num_query_groups * microbatch.sequence_length
-        microbatch.fraction_B = count_B.double() / decisions
-        microbatch.gate_B = (microbatch.fraction_B < microbatch.target_fraction).float()
+        decisions = self.config.num_layers * self.config.num_query_groups * microbatch.geometry.length
+        statistics.fraction_B = count_B.double() / decisions
+        statistics.gate_B = (statistics.fraction_B < microbatch.target_fraction).float()

@@ -9,7 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.training.models.gpt import default_layer_spec
 
-from megatron_dmc.training.model.attention import DMCCoreAttention, DMCSelfAttention
+from megatron_dmc.training.model.attention import DMCSelfAttention, MethodCoreAttention
 from megatron_dmc.training.model.norm import DMCRMSNorm
 
 
@@ -18,7 +18,7 @@ def with_compressing_attention(layer_spec: ModuleSpec) -> ModuleSpec:
     layer_spec = copy.deepcopy(layer_spec)
     attention = layer_spec.submodules.self_attention
     attention.module = DMCSelfAttention
-    attention.submodules.core_attention = DMCCoreAttention
+    attention.submodules.core_attention = MethodCoreAttention
     return layer_spec
 
 
@@ -33,5 +33,8 @@ def dmc_block_spec(model_config: Any, vp_stage: int | None = None) -> ModuleSpec
         return layer_spec
     layer_spec.submodules.input_layernorm = DMCRMSNorm
     layer_spec.submodules.pre_mlp_layernorm = DMCRMSNorm
+    if model_config.transformer.qk_layernorm:
+        attention = layer_spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = DMCRMSNorm
     num_layers = get_num_layers_to_build(model_config.transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=DMCRMSNorm)

@@ -3,16 +3,19 @@
 Legend: B batch (sequences of this micro-batch on this rank).
 
 Megatron hands one argument of ours, ``attention_bias``, unchanged to every attention layer, through recompute and
-offloading as well. A :class:`Microbatch` travels there. Layers write into it by layer number, so that the second
-forward pass of a recomputed layer overwrites what the first one wrote.
+offloading as well. A :class:`Microbatch` travels there. Layers report by layer number, so that the second forward pass
+of a recomputed layer overwrites what the first one wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+
+from megatron_dmc.methods.decisions import Decisions
+from megatron_dmc.ops.geometry import Geometry
 
 
 @dataclass
@@ -30,37 +33,55 @@ class GradientScale:
 
 
 @dataclass
-class Microbatch:
-    """One forward pass.
+class Statistics:
+    """What a forward pass decided, in counts.
 
     Attributes:
-        sequence_length: positions of a whole sequence, over all context-parallel ranks.
-        step: training step, a coordinate of the noise.
-        sequence_B: int64 ordinals of the sequences in the order of the training data, coordinates of the noise;
-            None = evaluation: hard decisions, no noise.
-        target_fraction: accumulate fraction below which the compression loss of a sequence is open.
-        neuron_scale: factor of the borrowed channel in stage ``zero_out``.
-        documents: per row the ascending start positions of its documents; None = one document.
-        gradient_scale: factor of the loss, known when the backward pass starts.
-        accumulated_B: per layer number, the accumulating decisions of this rank's heads and positions.
+        decided_B: per layer number, the positive decisions of this rank's heads and positions.
         received_B: the sum over the layers of earlier pipeline stages.
         gate_B: 1 where the compression loss is open, known before the backward pass of this stage starts.
-        fraction_B: share of accumulating decisions of each whole sequence; last pipeline stage only.
+        fraction_B: share of positive decisions of each whole sequence; last pipeline stage only.
     """
 
-    sequence_length: int
-    step: int = 0
-    sequence_B: torch.Tensor | None = None
-    target_fraction: float = 0.0
-    neuron_scale: float = 1.0
-    documents: Sequence[Sequence[int]] | None = None
-    gradient_scale: GradientScale = field(default_factory=GradientScale)
-    accumulated_B: dict[int, torch.Tensor] = field(default_factory=dict)
+    decided_B: dict[int, torch.Tensor] = field(default_factory=dict)
     received_B: torch.Tensor | None = None
     gate_B: torch.Tensor | None = None
     fraction_B: torch.Tensor | None = None
 
-    def accumulated_total_B(self) -> torch.Tensor:
-        """Accumulating decisions of this rank over the layers so far, this stage and the earlier ones (int64)."""
-        total = torch.stack(list(self.accumulated_B.values())).sum(dim=0)
+    def total_B(self) -> torch.Tensor:
+        """Positive decisions of this rank over the layers so far, this stage and the earlier ones (int64)."""
+        total = torch.stack(list(self.decided_B.values())).sum(dim=0)
         return total if self.received_B is None else total + self.received_B
+
+
+class Observer(Protocol):
+    """Sees every layer's decisions of every micro-batch, in recomputed passes again."""
+
+    def __call__(self, microbatch: Microbatch, layer_number: int, first_head: int, decisions: Decisions) -> None:
+        """``first_head``: this rank's first KV head; ``decisions`` cover the whole sequence."""
+
+
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """One forward pass: what goes in, and :class:`Statistics` of what comes out.
+
+    Attributes:
+        geometry: positions of this rank's queries, and of the keys of whole sequences.
+        step: training step, a coordinate of the noise.
+        sequence_B: int64 ordinals of the sequences in the order of the training data, coordinates of the noise;
+            None = evaluation: hard decisions, no noise.
+        target_fraction: share of positive decisions below which the compression loss of a sequence is open.
+        neuron_scale: factor of the borrowed channel in stage ``zero_out``.
+        gradient_scale: factor of the loss, known when the backward pass starts.
+        observer: told of every layer's decisions; None: nobody.
+        statistics: filled in by the layers.
+    """
+
+    geometry: Geometry
+    step: int = 0
+    sequence_B: torch.Tensor | None = None
+    target_fraction: float = 0.0
+    neuron_scale: float = 1.0
+    gradient_scale: GradientScale = field(default_factory=GradientScale)
+    observer: Observer | None = None
+    statistics: Statistics = field(default_factory=Statistics)

@@ -7,6 +7,7 @@ import torch
 from megatron_dmc.training.model.borrowed_rows import clear_borrowed_rows
 
 GROUPS, QUERIES, HEAD_DIM, HIDDEN = 2, 3, 4, 5
+NORMS = ("q_layernorm", "k_layernorm")
 
 
 def fused_linear(bias):
@@ -16,9 +17,12 @@ def fused_linear(bias):
     return linear
 
 
-def model_of(*linears):
-    config = SimpleNamespace(num_attention_heads=GROUPS * QUERIES, num_query_groups=GROUPS, kv_channels=HEAD_DIM)
-    layers = [SimpleNamespace(self_attention=SimpleNamespace(linear_qkv=linear)) for linear in linears]
+def model_of(*linears, norm=False):
+    config = SimpleNamespace(
+        num_attention_heads=GROUPS * QUERIES, num_query_groups=GROUPS, kv_channels=HEAD_DIM, qk_layernorm=norm
+    )
+    norms = {name: SimpleNamespace(weight=torch.nn.Parameter(torch.full((HEAD_DIM,), 0.5))) for name in NORMS if norm}
+    layers = [SimpleNamespace(self_attention=SimpleNamespace(linear_qkv=linear, **norms)) for linear in linears]
     return SimpleNamespace(config=config, decoder=SimpleNamespace(layers=layers))
 
 
@@ -31,3 +35,17 @@ def test_last_channels_of_queries_and_keys_are_cleared():
         assert linear.weight[:, 0].tolist() == kept * GROUPS
         assert (linear.weight == linear.weight[:, :1]).all()
     assert linears[0].bias.tolist() == kept * GROUPS
+
+
+def test_a_norm_behind_the_rows_lets_the_channel_learn():
+    """With the row at zero its gradient is a multiple of the norm's weight, which must therefore not be zero."""
+    model = model_of(fused_linear(bias=False), norm=True)
+    clear_borrowed_rows(model)
+    attention = model.decoder.layers[0].self_attention
+    for name in NORMS:
+        assert getattr(attention, name).weight.tolist() == [0.5] * (HEAD_DIM - 1) + [1.0]
+    row = attention.linear_qkv.weight[:HEAD_DIM] @ torch.ones(HIDDEN)
+    normed = torch.nn.functional.rms_norm(row, (HEAD_DIM,), attention.q_layernorm.weight)
+    assert normed[-1] == 0
+    normed[-1].backward()
+    assert (attention.linear_qkv.weight.grad[HEAD_DIM - 1] != 0).all()

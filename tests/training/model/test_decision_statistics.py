@@ -3,56 +3,58 @@
 import pytest
 import torch
 
+from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.training.model.decision_statistics import AppendRow, AttachStatistic, StripRow
-from megatron_dmc.training.model.microbatch import GradientScale, Microbatch
+from megatron_dmc.training.model.microbatch import GradientScale, Microbatch, Statistics
 
 COUNTS = [0, 1, 255, 256, 65_535, 16_777_217, 2**32 - 1]
 
 
-def microbatch_with(counts):
-    return Microbatch(sequence_length=8, accumulated_B={1: torch.tensor(counts)})
+def microbatch_with(counts=None, **given):
+    statistics = Statistics() if counts is None else Statistics(decided_B={1: torch.tensor(counts)})
+    return Microbatch(Geometry(8, 1), statistics=statistics, **given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_counts_survive_the_row_exactly(dtype):
-    sender, receiver = microbatch_with(COUNTS), Microbatch(sequence_length=8)
+    sender, receiver = microbatch_with(COUNTS), microbatch_with()
     hidden_SBH = torch.randn(3, len(COUNTS), 16, dtype=dtype)
     sent = AppendRow.apply(hidden_SBH, sender)
     assert sent.shape == (4, len(COUNTS), 16)
     assert sent.dtype == dtype
     received = StripRow.apply(sent, receiver)
     assert torch.equal(received, hidden_SBH)
-    assert receiver.received_B.tolist() == COUNTS
+    assert receiver.statistics.received_B.tolist() == COUNTS
 
 
 def test_a_middle_stage_adds_its_layers():
     middle = microbatch_with([3, 4])
-    middle.accumulated_B[2] = torch.tensor([10, 20])
+    middle.statistics.decided_B[2] = torch.tensor([10, 20])
     StripRow.apply(AppendRow.apply(torch.zeros(2, 2, 8), microbatch_with([100, 300])), middle)
-    assert middle.accumulated_total_B().tolist() == [113, 324]
+    assert middle.statistics.total_B().tolist() == [113, 324]
 
 
 def test_a_repeated_layer_counts_once():
     microbatch = microbatch_with([3])
-    microbatch.accumulated_B[1] = torch.tensor([3])
-    assert microbatch.accumulated_total_B().tolist() == [3]
+    microbatch.statistics.decided_B[1] = torch.tensor([3])
+    assert microbatch.statistics.total_B().tolist() == [3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_returns_through_the_row_and_gradients_pass(dtype):
-    last, first = Microbatch(sequence_length=8), microbatch_with([5, 6])
-    last.gate_B = torch.tensor([1.0, 0.0])
+    last, first = microbatch_with(), microbatch_with([5, 6])
+    last.statistics.gate_B = torch.tensor([1.0, 0.0])
     hidden_SBH = torch.randn(3, 2, 8, dtype=dtype, requires_grad=True)
     received = StripRow.apply(AppendRow.apply(hidden_SBH, first), last)
     upstream = torch.randn_like(received)
     received.backward(upstream)
     assert torch.equal(hidden_SBH.grad, upstream)
-    assert first.gate_B.tolist() == [1.0, 0.0]
+    assert first.statistics.gate_B.tolist() == [1.0, 0.0]
 
 
 def test_an_attached_statistic_gets_the_gradient_of_its_hinge():
-    microbatch = Microbatch(sequence_length=8, gate_B=torch.tensor([1.0, 0.0, 1.0, 1.0]))
-    microbatch.gradient_scale = GradientScale(torch.tensor([0.5]))
+    microbatch = microbatch_with(gradient_scale=GradientScale(torch.tensor([0.5])))
+    microbatch.statistics.gate_B = torch.tensor([1.0, 0.0, 1.0, 1.0])
     output = torch.randn(2, 4, 3, requires_grad=True)
     fraction_B = torch.rand(4, requires_grad=True)
     attached = AttachStatistic.apply(output, fraction_B, 0.25, microbatch)
@@ -66,7 +68,8 @@ def test_an_attached_statistic_gets_the_gradient_of_its_hinge():
 
 def test_the_gradient_scale_is_read_in_backward():
     scale = GradientScale()
-    microbatch = Microbatch(sequence_length=8, gate_B=torch.ones(1), gradient_scale=scale)
+    microbatch = microbatch_with(gradient_scale=scale)
+    microbatch.statistics.gate_B = torch.ones(1)
     fraction_B = torch.rand(1, requires_grad=True)
     attached = AttachStatistic.apply(torch.zeros(1, requires_grad=True), fraction_B, 1.0, microbatch)
     scale.set(torch.tensor([4.0]))

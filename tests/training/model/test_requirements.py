@@ -4,24 +4,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dmc.training.model.requirements import check_model_config
+from megatron_dmc.models.megatron import ALL_SETTINGS
+from megatron_dmc.training.model.requirements import OFF, check_model_config
 
 
 def model_config(**changes):
-    """What Megatron's configuration of a Llama says; any other setting is off."""
-    settings = {
+    """What Megatron's configuration of a Llama says."""
+    fixed = {setting.attribute: setting.default for setting in ALL_SETTINGS if setting.remedy}
+    others = {
         "attention_backend": SimpleNamespace(name="auto"),
         "cuda_graph_impl": "none",
-        "softmax_type": "vanilla",
-        "position_embedding_type": "rope",
-        "rotary_percent": 1.0,
-        "attention_dropout": 0.0,
-        "normalization": "RMSNorm",
         "num_query_groups": 8,
         "tensor_model_parallel_size": 4,
         "kv_channels": 128,
     }
-    return SimpleNamespace(**settings | changes)
+    return SimpleNamespace(**dict.fromkeys(OFF), **fixed | others | changes)
 
 
 def test_a_llama_is_accepted():
@@ -37,6 +34,13 @@ def test_every_unmet_requirement_is_named_with_its_remedy():
     assert "remove --window-size" in lines[1]
     assert "attention_dropout=0.1: use --attention-dropout 0" in lines[2]
     assert "tensor_model_parallel_size=16 with 8 KV heads" in lines[3]
+
+
+def test_a_setting_that_this_megatron_does_not_have_is_no_setting_that_is_off():
+    config = model_config()
+    del config.qk_clip
+    with pytest.raises(ValueError, match="no qk_clip: install"):
+        check_model_config(config)
 
 
 @pytest.mark.parametrize("head_dim", [14, 17])

@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from megatron_dmc.inference.cache.block_allocator import BlockAllocator, OutOfBlocks
+from megatron_dmc.inference.cache.allocator import Allocator, OutOfBlocks
 
 
 def test_random_trace_against_a_set():
     draw = random.Random(0)
-    allocator, held = BlockAllocator(50), set()
+    allocator, held = Allocator(50), set()
     for _ in range(2000):
         if draw.random() < 0.5 and allocator.num_free:
             blocks = allocator.allocate(draw.randint(1, allocator.num_free))
@@ -22,12 +22,12 @@ def test_random_trace_against_a_set():
         if draw.random() < 0.01:
             allocator.extend(draw.randint(1, 5))
         assert allocator.num_in_use == len(held)
-        assert allocator.num_free == allocator.num_blocks - len(held)
+        assert allocator.num_free == allocator.total - len(held)
         allocator.check_integrity()
 
 
 def test_too_many_blocks_is_an_error_that_takes_nothing():
-    allocator = BlockAllocator(3)
+    allocator = Allocator(3)
     allocator.allocate(2)
     with pytest.raises(OutOfBlocks, match="2 blocks needed, 1 of 3 free"):
         allocator.allocate(2)
@@ -36,7 +36,7 @@ def test_too_many_blocks_is_an_error_that_takes_nothing():
 
 
 def test_releasing_twice_is_a_fault():
-    allocator = BlockAllocator(3)
+    allocator = Allocator(3)
     blocks = allocator.allocate(2)
     allocator.release(blocks)
     with pytest.raises(AssertionError, match="not in use"):
@@ -46,7 +46,7 @@ def test_releasing_twice_is_a_fault():
 
 
 def test_integrity_names_the_broken_equation():
-    allocator = BlockAllocator(3)
+    allocator = Allocator(3)
     allocator._free.pop()
     with pytest.raises(AssertionError, match=r"free 2 \+ in use 0 != blocks 3"):
         allocator.check_integrity()

@@ -6,17 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dmc.checkpoint import read_megatron_settings
 from megatron_dmc.checkpoint.pickles import Record
-from megatron_dmc.checkpoint.settings import (
+from megatron_dmc.checkpoint.saved_arguments import (
+    config_from_arguments,
     dmc_arguments,
     dmc_from_arguments,
-    llama_from_arguments,
-    megatron_arguments,
     namespace_dict,
+    read_saved_arguments,
 )
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.config import ModelConfig, RopeScaling
+from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.models.megatron import megatron_arguments
+from megatron_dmc.ops.rope import RopeScaling
 from tests.checkpoints_convert.models import TINY, VARIANTS
 
 LLAMAS = st.builds(
@@ -31,7 +32,9 @@ LLAMAS = st.builds(
     max_position_embeddings=st.integers(1, 1 << 20),
     rms_norm_eps=st.sampled_from([1e-5, 1e-6]),
     rope_theta=st.sampled_from([10000.0, 500000.0]),
-    rope_scaling=st.sampled_from([None, RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0)]),
+    rope_scaling=st.sampled_from(
+        [None, RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0), RopeScaling("llama3", 8.0, 2.0, 5.0, 4096)]
+    ),
     tie_word_embeddings=st.booleans(),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
 )
@@ -39,7 +42,7 @@ LLAMAS = st.builds(
 
 @given(LLAMAS)
 def test_a_llama_survives_megatrons_arguments(config):
-    assert llama_from_arguments(megatron_arguments(config), 1024, "it") == config
+    assert config_from_arguments(megatron_arguments(config), 1024, "it") == config
 
 
 @given(st.builds(DMCConfig, window_size=st.integers(0, 64), stop_at_cr=st.none() | st.floats(1, 8)))
@@ -49,7 +52,7 @@ def test_dmc_settings_survive(dmc):
 
 def test_a_converted_checkpoint_describes_its_model(torch_dist, legacy):
     for directory in (torch_dist, legacy):
-        settings = read_megatron_settings(directory.parent)
+        settings = read_saved_arguments(directory.parent)
         assert (settings.config, settings.dmc, settings.iteration) == (TINY, None, 0)
         assert settings.args["params_dtype"] == "float32"
 
@@ -73,22 +76,22 @@ def test_a_converted_checkpoint_describes_its_model(torch_dist, legacy):
 def test_another_model_is_refused_by_the_argument_that_makes_it_one(name, value):
     arguments = megatron_arguments(TINY) | {name: value}
     with pytest.raises(ValueError, match=name):
-        llama_from_arguments(arguments, 384, "it")
+        config_from_arguments(arguments, 384, "it")
 
 
 def test_missing_and_contradicting_arguments():
     arguments = megatron_arguments(TINY)
     with pytest.raises(ValueError, match="hidden_size"):
-        llama_from_arguments({**arguments, "hidden_size": None}, 384, "it")
+        config_from_arguments({**arguments, "hidden_size": None}, 384, "it")
     with pytest.raises(ValueError, match="exceeds the 200 rows"):
-        llama_from_arguments(arguments, 200, "it")
-    assert llama_from_arguments({**arguments, "vocab_size": None}, 384, "it").vocab_size == 384
+        config_from_arguments(arguments, 200, "it")
+    assert config_from_arguments({**arguments, "vocab_size": None}, 384, "it").vocab_size == 384
 
 
 def test_the_name_of_the_epsilon_up_to_core_0_18():
     arguments = megatron_arguments(TINY)
     arguments["norm_epsilon"] = arguments.pop("layernorm_epsilon")
-    assert llama_from_arguments(arguments, 384, "it") == TINY
+    assert config_from_arguments(arguments, 384, "it") == TINY
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,6 @@ def test_the_name_of_the_epsilon_up_to_core_0_18():
     [
         {"rope_theta": 10000.5},
         {"rope_scaling": RopeScaling("linear", 1.5)},
-        {"rope_scaling": RopeScaling("llama3", 8.0, high_freq_factor=8.0)},
     ],
 )
 def test_what_megatron_cannot_express_is_refused(change):

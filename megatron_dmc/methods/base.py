@@ -1,0 +1,194 @@
+"""What a method is: how new tokens change the cache of every head, and what attention then reads.
+
+One observation keeps the interface small: a step of any method writes some entries of a head cache at given places,
+and the length grows to the last of them. Dense attention appends; DMC overwrites the newest entry or appends; a
+policy that evicts overwrites its victim once its budget is full. So the cache knows no method and the scheduler no
+decision. Keys are stored rotated, which leaves the order of entries free.
+
+New tokens are packed: those of one sequence after those of another, without padding.
+
+Legend: T new tokens of all sequences, B sequences, S positions of whole sequences, N query heads, G KV heads, D head
+dim, P entries per block, M blocks per head cache, E entries.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.methods.decisions import Decisions, NoiseSource
+from megatron_dmc.methods.step import Step, Tokens
+from megatron_dmc.ops.geometry import Geometry
+from megatron_dmc.ops.masked_attention.merged import attend as attend_pieces
+from megatron_dmc.ops.masked_attention.merged import merge
+from megatron_dmc.ops.masked_attention.piecewise import plan_attention
+from megatron_dmc.ops.paged_attention import paged_attention, paged_attention_to_chunks
+from megatron_dmc.ops.rope import rotate
+
+State = Mapping[str, Tensor]
+"""What a method keeps for every head, by the names of :meth:`Method.state`: [B, G, ...]."""
+
+
+class Slot(NamedTuple):
+    """One tensor that the cache keeps for a method beside every head's keys and values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
+class Ranks(NamedTuple):
+    """How a layer's tensors are spread over ranks; by default they are not."""
+
+    mean_over_heads: Callable[[Tensor], Tensor] = lambda x: x
+    """Mean over tensor-parallel ranks, of a mean over this rank's heads."""
+    whole_sequence: Callable[[Tensor], Tensor] = lambda x: x
+    """All positions in order, from those of this context-parallel rank."""
+
+
+ALONE = Ranks()
+
+
+class Whole(NamedTuple):
+    """Whole sequences at once: attention output [T, B, N, D], and what was decided on the way."""
+
+    output: Tensor
+    decisions: Decisions | None
+
+
+class Update(NamedTuple):
+    """What new tokens do to every head cache."""
+
+    k_TGD: Tensor
+    """Rotated keys."""
+    v_TGD: Tensor
+    entry_TG: Tensor
+    """int32 place of the entry: the length of its head cache appends, a smaller one overwrites, -1 writes nothing (not
+    while decoding)."""
+    state: State
+    """New values for every head."""
+    decisions: Decisions | None = None
+
+
+class HeadCaches(NamedTuple):
+    """The head caches of a step's sequences in one layer."""
+
+    k_blocks: Tensor
+    v_blocks: Tensor
+    block_table_BGM: Tensor
+    before_BG: Tensor
+    """int32 entries before the update."""
+    length_BG: Tensor
+    """int32 entries after it."""
+
+
+class Keep(NamedTuple):
+    """The entries of every head cache that survive, in a new order."""
+
+    entry_BGE: Tensor
+    """int64 places, those after ``length_BG`` of any value."""
+    length_BG: Tensor
+    """int32."""
+    state: State
+
+
+class Method(ABC):
+    """A way to keep the cache. Stateless: what it remembers of a sequence lives in the cache (:meth:`state`).
+
+    Attributes:
+        name: as users know it.
+        neuron_scale: factor of the borrowed channel before and after RoPE; 1 where none is borrowed.
+        compresses: whether the cache can become shorter than the text.
+        has_whole_form: whether :meth:`whole` exists; evaluation and training at once need it.
+        exact_recompute: whether reading a text again gives the cache that decoding it gave.
+        reads_parts: whether several tokens can be read behind others; where not, a prompt is read whole.
+    """
+
+    name: str
+    neuron_scale: float = 1.0
+    compresses: bool = True
+    has_whole_form: bool = False
+    exact_recompute: bool = False
+    reads_parts: bool = True
+
+    def state(self, head_dim: int) -> Mapping[str, Slot]:
+        """What the cache keeps for every head beside keys and values; any value where a sequence begins."""
+        return {}
+
+    @abstractmethod
+    def absorb(self, tokens: Tokens, state: State, length_BG: Tensor) -> Update:
+        """What ``tokens`` do to head caches of ``length_BG`` entries (int32). Pure; one by one they do the same."""
+
+    def attend(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Tensor:
+        """Attention output [T, N, D] of the new tokens, each over the cache as it was at its position."""
+        q_TND = self.rotated_queries(tokens)
+        if tokens.step.decodes:
+            return paged_attention(q_TND, caches.k_blocks, caches.v_blocks, caches.block_table_BGM, caches.length_BG)
+        out_NTD, lse_NT = self.attend_own(tokens, update)
+        if tokens.step.continues:
+            cached = paged_attention_to_chunks(
+                q_TND,
+                tokens.step.counts,
+                caches.k_blocks,
+                caches.v_blocks,
+                caches.block_table_BGM,
+                self.visible_before(update, caches, tokens.step),
+            )
+            merge(out_NTD, lse_NT, *cached)
+        return out_NTD.transpose(0, 1)
+
+    def attend_own(self, tokens: Tokens, update: Update) -> tuple[Tensor, Tensor]:
+        """Output [N, T, D] and log-sum-exp [N, T] over the new tokens of the same sequence alone."""
+        q_TND = self.rotated_queries(tokens)
+        near = tuple(x.unsqueeze(1).permute(1, 2, 0, 3) for x in (q_TND, update.k_TGD, update.v_TGD))
+        plan = plan_attention(tokens.step.geometry, None, q_TND.shape[-1])
+        out, lse = attend_pieces(plan, (near[0], near[1], near[2]))
+        return out[0], lse[0]
+
+    def visible_before(self, update: Update, caches: HeadCaches, step: Step) -> Tensor:
+        """int32 [B, G]: how many of the entries before the update the new tokens see."""
+        return caches.before_BG
+
+    def observe(self, tokens: Tokens, update: Update, caches: HeadCaches) -> State:
+        """The state after a step of decoding, for a method that looks at what attention saw."""
+        return update.state
+
+    def end_prompt(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
+        """Which entries survive a prompt that ends with these tokens; None: all."""
+        return None
+
+    def whole(
+        self,
+        q_TBND: Tensor,
+        k_SBGD: Tensor,
+        v_SBGD: Tensor,
+        geometry: Geometry,
+        *,
+        noise: NoiseSource | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Whole:
+        """Attention over whole sequences at once, differentiable, from projections before RoPE.
+
+        Args:
+            q_TBND: queries of this rank.
+            k_SBGD, v_SBGD: keys and values; ``ranks.whole_sequence`` makes them those of the whole sequence.
+            geometry: positions of queries and keys.
+            noise: given, the relaxation that trains; None takes hard decisions.
+            ranks: how the layer is spread.
+
+        Raises:
+            ValueError: the method has no such form, or shapes do not fit together.
+        """
+        raise ValueError(f"{self.name} decides token by token and has no whole form: measure it by decoding")
+
+    def rotated_queries(self, tokens: Tokens) -> Tensor:
+        """[T, N, D] at the positions of the tokens."""
+        return self.rotated(tokens.q_TND, tokens.step, tokens.q_TND.dtype)
+
+    def rotated(self, x_THD: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
+        """RoPE at the positions of the new tokens, as ``dtype``."""
+        rotation, _ = step.geometry.rotations(self.neuron_scale, x_THD.dtype)
+        return rotate(x_THD.unsqueeze(1), rotation, dtype).squeeze(1)
