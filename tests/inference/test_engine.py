@@ -8,7 +8,7 @@ from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.models.hugging_face import to_hf_config
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 from tests.inference.tiny_model import Decoder, RandomSource, tiny_llama, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5], list(range(40))]
