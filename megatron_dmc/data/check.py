@@ -116,9 +116,8 @@ def _tokenizer(path: Path, manifest: Manifest) -> Finding:
     tokenizer = load_tokenizer(path)
     if tokenizer.sha256 == manifest["tokenizer_sha256"]:
         return Finding(f"{path}", "ok", "is the tokenizer of this data set")
-    return Finding(
-        f"{path}", "failed", "is not the tokenizer of this data set", "give that one, or prepare the data again"
-    )
+    remedy = "give that one (where a directory holds two, name its file), or prepare the data again"
+    return Finding(f"{path}", "failed", "is not the tokenizer of this data set", remedy)
 
 
 def _index(path: Path) -> Finding:

@@ -67,6 +67,19 @@ def test_a_token_that_nobody_has_is_left_out_and_named(tmp_path, capsys):
     assert f"left out of the texts: [{nobody}]" in said
 
 
+def test_an_added_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, capsys):
+    """Many directories add <pad> behind the last row of the model."""
+    sentencepiece_directory(tmp_path)
+    write_model(tmp_path, 5)
+    pad = load_tokenizer(tmp_path).vocab_size
+    write(tmp_path / "added_tokens.json", {"<pad>": pad})
+    result, said = generate(capsys, tmp_path, "--prompt", "the fox")
+    assert len(result["results"][0]["tokens"]) == 3
+    assert "the model has no row for the added tokens <pad>" in said
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "the<pad>"]) == 1
+    assert f"holds token {pad}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("directory", [byte_level_directory, ranks_directory])
 def test_every_end_token_of_the_generation_config_ends_a_text(tmp_path, capsys, directory):
     directory(tmp_path)

@@ -25,6 +25,7 @@ class Tokenizer(ABC):
     Attributes:
         path: the file that defines it.
         vocab_size: ids are below it.
+        base_vocab_size: ids from it on belong to tokens that were added later, which a model need not have.
         eod: id that ends a document (``</s>`` of Llama 2).
         first: ids that a prompt begins with (``<s>`` of Llama 2).
     """
@@ -32,6 +33,7 @@ class Tokenizer(ABC):
     file_name = JSON_FILE
     """The name of its file in a model directory."""
     vocab_size: int
+    base_vocab_size: int
     eod: int
     first: list[int]
 

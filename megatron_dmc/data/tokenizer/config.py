@@ -87,7 +87,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
 def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
     found = [settings.get(name) for name in _NAMED]
     for listed in map(settings.get, _LISTED):
-        found += listed.values() if isinstance(listed, dict) else listed or []
+        found += listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
     return found
 
 

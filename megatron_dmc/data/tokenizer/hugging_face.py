@@ -27,6 +27,7 @@ class BackendTokenizer(Tokenizer):
                     f"{path.parent} states the id {token.number} for {token.content!r}, which {path.name} gives to "
                     f"{backend.id_to_token(token.number)!r}: take the files of one model"
                 )
+        self.base_vocab_size = 1 + max(backend.get_vocab(with_added_tokens=False).values())
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.eod = self._end_of_document(config)
         self.first = self._put_first()

@@ -33,13 +33,13 @@ class SentencePieceTokenizer(Tokenizer):
             self._continued = SentencePieceProcessor(model_proto=model + WITHOUT_DUMMY_PREFIX)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
-        self._num_pieces = self._processor.vocab_size()
+        self.base_vocab_size = self._processor.vocab_size()
         config = read_tokenizer_config(path.parent)
         self._legacy = config.legacy
         self._added = {token.content: token for token in self._all_added(config)}
         self._by_number = {token.number: token for token in self._added.values()}
         self._pattern = _pattern(list(self._added.values()))
-        self.vocab_size = max(self._num_pieces, 1 + max(self._by_number, default=0))
+        self.vocab_size = max(self.base_vocab_size, 1 + max(self._by_number, default=0))
         self.eod = self._number_of(config.eos_token, self._processor.eos_id())
         if self.eod < 0:
             raise ValueError(f"{path} has no end-of-sequence token, which ends a document: train it with one")
@@ -69,7 +69,7 @@ class SentencePieceTokenizer(Tokenizer):
     def token(self, number: int) -> str | None:
         if number in self._by_number:
             return self._by_number[number].content
-        return self._processor.id_to_piece(number) if 0 <= number < self._num_pieces else None
+        return self._processor.id_to_piece(number) if 0 <= number < self.base_vocab_size else None
 
     def _parts(self, text: str) -> Iterator[tuple[str, AddedToken | None]]:
         """The text before each added token with that token, then the rest."""
@@ -83,7 +83,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _is_shown(self, number: int) -> bool:
         if number in self._by_number:
             return not self._by_number[number].special
-        return 0 <= number < self._num_pieces
+        return 0 <= number < self.base_vocab_size
 
     def _all_added(self, config: TokenizerConfig) -> Iterator[AddedToken]:
         """Special tokens that are pieces of the model, then those with stated ids."""
@@ -100,7 +100,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._added[content].number if content in self._added else otherwise
 
     def _beyond_file(self) -> str:
-        beyond = {number: token.content for number, token in self._by_number.items() if number >= self._num_pieces}
+        beyond = {number: token.content for number, token in self._by_number.items() if number >= self.base_vocab_size}
         return json.dumps(sorted(beyond.items())) if beyond else ""
 
 
