@@ -1,4 +1,4 @@
-"""Files of bytes, compressed or not."""
+"""Files of bytes, compressed or not, and what is needed to read them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 COMPRESSIONS = (".gz", ".zst")
+PARQUET_SUFFIX = ".parquet"
 
 
 def inner_suffix(path: Path) -> str:
@@ -42,6 +43,11 @@ def _stream(path: Path) -> BinaryIO:
     if path.suffix == ".zst":
         return io.BufferedReader(pyarrow(path).input_stream(str(path), compression="zstd"))
     return open(path, "rb")
+
+
+def needs_pyarrow(path: Path) -> bool:
+    """Whether a file, by its name, is read by pyarrow."""
+    return path.suffix == ".zst" or inner_suffix(path) == PARQUET_SUFFIX
 
 
 def pyarrow(path: Path) -> Any:

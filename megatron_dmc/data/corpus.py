@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dmc.data.compression import COMPRESSIONS, inner_suffix, opened
+from megatron_dmc.data.compression import COMPRESSIONS, PARQUET_SUFFIX, inner_suffix, needs_pyarrow, opened, pyarrow
 from megatron_dmc.data.json_lines import (
     JSON_LINES_SUFFIXES,
     OnBad,
@@ -16,7 +16,7 @@ from megatron_dmc.data.json_lines import (
     looks_like_json_lines,
     read_json_lines,
 )
-from megatron_dmc.data.parquet import PARQUET_SUFFIX, read_parquet
+from megatron_dmc.data.parquet import read_parquet
 
 TEXT_SUFFIX = ".txt"
 FOLDER_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIX)
@@ -77,7 +77,7 @@ def user_corpus(paths: Sequence[Path | str], text_key: str = "text") -> Corpus:
     """The user's files in the order given; those of a folder sorted by their path in it.
 
     Raises:
-        ValueError: nothing given, something that is not there, or a folder without files to read.
+        ValueError: nothing given, something that is not there, a folder without files to read; pyarrow is missing.
     """
     if not paths:
         raise ValueError("no input: give text, JSONL or Parquet files, or --python-source for Python's library")
@@ -88,6 +88,9 @@ def user_corpus(paths: Sequence[Path | str], text_key: str = "text") -> Corpus:
     found = [pair for path in inputs for pair in (_in_folder(path) if path.is_dir() else [(path, path.name)])]
     others = [pair for path in inputs if path.is_dir() for pair in _in_folder(path, others=True)]
     files, names = zip(*found, strict=True)
+    for path in files:
+        if needs_pyarrow(path):
+            pyarrow(path)  # said before any file is read
     return Corpus(files, text_key, names, tuple(name for _, name in others))
 
 

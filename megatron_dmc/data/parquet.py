@@ -8,7 +8,6 @@ from pathlib import Path
 from megatron_dmc.data.compression import pyarrow
 from megatron_dmc.data.json_lines import OnBad, checked_text
 
-PARQUET_SUFFIX = ".parquet"
 ROWS_AT_ONCE = 1024
 
 
