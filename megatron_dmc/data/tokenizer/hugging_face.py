@@ -20,15 +20,15 @@ class BackendTokenizer(Tokenizer):
     def __init__(self, path: Path, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
         super().__init__(path)
         self._backend = backend
-        self._beyond = _add_tokens(backend, config)
+        self.base_vocab_size = 1 + max(backend.get_vocab(with_added_tokens=False).values(), default=-1)
+        self._beyond = _add_tokens(backend, config, self.base_vocab_size)
         for token in self._beyond:
             if backend.token_to_id(token.content) != token.number:
                 raise ValueError(
                     f"{path.parent} states the id {token.number} for {token.content!r}, which {path.name} gives to "
                     f"{backend.id_to_token(token.number)!r}: take the files of one model"
                 )
-        self.base_vocab_size = 1 + max(backend.get_vocab(with_added_tokens=False).values())
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = _end(backend, self.base_vocab_size)
         self.eod = self._end_of_document(config)
         self.first = self._put_first()
 
@@ -89,14 +89,19 @@ def tokenizers_package(path: Path) -> Any:
     return tokenizers
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig) -> list[AddedToken]:
+def _end(backend: tokenizers.Tokenizer, base_vocab_size: int) -> int:
+    """One above the last id of ``backend``."""
+    return max(base_vocab_size, 1 + max(backend.get_added_tokens_decoder(), default=-1))
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig, base_vocab_size: int) -> list[AddedToken]:
     """Make every special and added token one that ``backend`` finds in texts; returns those it had no id for."""
     import tokenizers
 
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     numbers = {content: backend.token_to_id(content) for content in sorted(config.special)}
     special = [AddedToken(content, number) for content, number in numbers.items() if number is not None]
-    free = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    free = _end(backend, base_vocab_size)
     found, beyond = [], []
     for token in [*config.added, *special]:
         if token.content in known:

@@ -17,7 +17,7 @@ class IncrementalDecoder:
 
     Args:
         decode: ids to text, with U+FFFD for bytes that are no character.
-        prompt: ids that come before; their text is not given out.
+        prompt: ids that come before, of whole characters; their text is not given out.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int] = ()) -> None:
