@@ -21,7 +21,7 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.families import FAMILIES, Family
 from megatron_dmc.models.hugging_face import to_hf_config
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 from tests.checkpoints_convert.models import random_tensors
 
 TOY = Family(

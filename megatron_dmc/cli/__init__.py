@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 user error, 2 a check failed, 64 and up infrastructure)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _print_any_text()
     try:
         args = build_parser().parse_args(arguments)
         return args.run(args)
@@ -70,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nmegatron-dmc: interrupted; the same command continues where this one stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _print_any_text() -> None:
+    """A character that the terminal's encoding lacks becomes a question mark, instead of the loss of the text."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _fail(error: Exception, code: int) -> int:

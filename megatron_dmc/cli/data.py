@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_dmc.data.corpus import BadLines, Corpus
     from megatron_dmc.data.prepare import Split
 
 SMALL_VOCABULARY = 1024
+PREPARE = """Tokenizes documents into one indexed data set per split. Read are: JSON lines (.jsonl, .ndjson, .json, or
+any other file whose first line is an object with the text), a document per line; Parquet, a document per row; other
+files as UTF-8 text, a document per file; each also compressed (.gz, .zst). Of a folder: .jsonl, .ndjson, .json,
+.parquet and .txt files, sorted by path. Parquet and .zst need the extra megatron_dmc[data]. Which split a document
+falls into depends on its content alone."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,14 +29,13 @@ def add_parser(subparsers: Any) -> None:
 def _add_prepare(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
-        help="text or JSONL and a tokenizer -> train, validation and test (.bin, .idx, .json)",
-        description="Tokenizes documents into one indexed data set per split. A text file is one document, a JSONL "
-        "file holds one per line. Which split a document falls into depends on its content alone.",
+        help="text, JSONL or Parquet and a tokenizer -> train, validation and test (.bin, .idx, .json)",
+        description=PREPARE,
     )
-    parser.add_argument("inputs", nargs="*", metavar="FILE", help="text files, or JSONL files with the suffix .jsonl")
+    parser.add_argument("inputs", nargs="*", metavar="PATH", help="files and folders, read in the order given")
     parser.add_argument("--python-source", action="store_true", help="take the source of Python's standard library")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--tokenizer", type=Path, help="sentencepiece .model file or Hugging Face directory")
+    tokenizer.add_argument("--tokenizer", type=Path, help="tokenizer.json, .model file or Hugging Face directory")
     tokenizer.add_argument(
         "--train-tokenizer",
         type=int,
@@ -41,7 +46,8 @@ def _add_prepare(commands: Any) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output directory")
-    parser.add_argument("--json-key", default="text", help="field of a JSONL line that holds the text (default: text)")
+    parser.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="count lines and rows without text, and go on")
     parser.add_argument(
         "--split", default="90,5,5", help="shares of the documents for train,validation,test (default: 90,5,5)"
     )
@@ -65,12 +71,13 @@ def _add_check(commands: Any) -> None:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Tokenize and write; prints one line per split."""
-    from megatron_dmc.data.corpus import python_source, user_corpus
+    from megatron_dmc.data.corpus import BadLines, python_source, user_corpus
     from megatron_dmc.data.prepare import prepare_directory
 
     if args.python_source and args.inputs:
         raise ValueError("--python-source and input files: give one of the two")
     corpus = python_source() if args.python_source else user_corpus(args.inputs, args.json_key)
+    bad = BadLines() if args.skip_bad_lines else None
     manifests = prepare_directory(
         corpus,
         args.output,
@@ -78,10 +85,26 @@ def run_prepare(args: argparse.Namespace) -> int:
         split=_split(args.split),
         workers=args.workers,
         overwrite=args.overwrite,
+        bad=bad,
     )
+    print("\n".join(_input_lines(corpus, args.tokenizer, bad)))
     for name, manifest in manifests.items():
         print(f"{args.output / name}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens")
     return 0
+
+
+def _input_lines(corpus: Corpus, tokenizer: Path | None, bad: BadLines | None) -> list[str]:
+    """What was taken, and what was left out."""
+    from megatron_dmc.data.tokenizer import load_tokenizer
+
+    lines = [f"files read: {len(corpus.files):,}"]
+    if corpus.left_out:
+        lines.append(f"files left out: {len(corpus.left_out):,} of another kind, first {corpus.left_out[0]}")
+    if bad is not None:
+        lines.append(f"bad lines left out: {bad.count:,}" + (f"; the first: {bad.first}" if bad.first else ""))
+    if tokenizer is not None:
+        lines.append(f"tokenizer: {load_tokenizer(tokenizer).path}")
+    return lines
 
 
 def run_check(args: argparse.Namespace) -> int:

@@ -84,7 +84,10 @@ def _tokens(args: argparse.Namespace, companions: Path, vocab_size: int) -> np.n
         if manifest is not None and args.tokenizer is not None:
             tokenizer = open_tokenizer(args, companions, vocab_size)
             if tokenizer.sha256 != manifest["tokenizer_sha256"]:
-                raise ValueError(f"{args.data} was made with another tokenizer than {args.tokenizer}")
+                raise ValueError(
+                    f"{args.data} was made with another tokenizer than {tokenizer.path}: give that one; where a "
+                    "directory holds two, name its file"
+                )
         return tokens
     if not args.text.is_file():
         raise ValueError(f"{args.text} is missing: give a text file, or a data set with --data")

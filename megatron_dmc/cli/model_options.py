@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="sentencepiece .model file or Hugging Face directory (default: the model's own)",
+        help="tokenizer.json, .model file or Hugging Face directory (default: the model's own)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: the stored one)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -67,16 +68,20 @@ def open_tokenizer(args: argparse.Namespace, companions: Path, vocab_size: int) 
     """The tokenizer that ``args`` name, or that stands beside the model.
 
     Raises:
-        ValueError: there is none, or its ids exceed the model's vocabulary.
+        ValueError: there is none, or its ids exceed the model's vocabulary. Tokens that were added without a row in the
+            model (``<pad>``) are named on stderr only: a text that holds one is refused later.
     """
     from megatron_dmc.data.tokenizer import load_tokenizer
 
     if args.tokenizer is None and not companions.is_dir():
         raise ValueError(f"{args.model} has no tokenizer beside it: give one with --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or companions)
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.base_vocab_size > vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}: give the tokenizer "
-            "that the model was trained with"
+            f"the tokenizer has {tokenizer.base_vocab_size} ids, the model's vocabulary {vocab_size}: give the "
+            "tokenizer that the model was trained with"
         )
+    if tokenizer.vocab_size > vocab_size:
+        beyond = ", ".join(filter(None, map(tokenizer.token, range(vocab_size, tokenizer.vocab_size))))
+        print(f"the model has no row for the added tokens {beyond} of {tokenizer.path}", file=sys.stderr)
     return tokenizer

@@ -9,13 +9,9 @@ import numpy as np
 
 from megatron_dmc.data.indexed import IndexedTokens, bin_path, idx_path
 from megatron_dmc.data.manifest import Manifest, manifest_path, read_manifest
-from megatron_dmc.data.tokenizer import (
-    HUGGING_FACE_FILE,
-    SENTENCEPIECE_FILE,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    load_tokenizer,
-)
+from megatron_dmc.data.tokenizer import load_tokenizer
+from megatron_dmc.data.tokenizer.base import JSON_FILE, MODEL_FILE
+from megatron_dmc.data.tokenizer.config import read_tokenizer_config
 from megatron_dmc.support.files import sha256_file
 from megatron_dmc.support.findings import Finding
 
@@ -53,20 +49,21 @@ def check_data_set(prefix: Path, tokenizer_path: Path | None = None) -> list[Fin
 
 
 def check_tokenizers_agree(directory: Path) -> list[Finding]:
-    """Compare the two tokenizers of a directory that holds a sentencepiece and a Hugging Face one."""
-    paths = (directory / SENTENCEPIECE_FILE, directory / HUGGING_FACE_FILE)
+    """Compare the two tokenizers of a directory that holds both kinds."""
+    paths = (directory / MODEL_FILE, directory / JSON_FILE)
     if not all(path.is_file() for path in paths):
         return []
-    first, second = SentencePieceTokenizer(paths[0]), HuggingFaceTokenizer(paths[1])
-    name = f"{directory}: sentencepiece and Hugging Face"
+    first, second = map(load_tokenizer, paths)
+    name = f"{directory}: {MODEL_FILE} and {JSON_FILE}"
     if first.eod != second.eod:
         return [Finding(name, "failed", f"end of document is {first.eod} and {second.eod}", "use one of the two")]
-    for text in PROBE:
+    probes = [*PROBE, *(f"a{token.content} b" for token in read_tokenizer_config(directory).added)]
+    for text in probes:
         ids, other_ids = first.encode(text), second.encode(text)
         if ids != other_ids:
             detail = f"{text!r} becomes {ids[:8]}... and {other_ids[:8]}..."
             return [Finding(name, "failed", detail, "use the tokenizer that the model was trained with")]
-    return [Finding(name, "ok", f"agree on {len(PROBE)} probes")]
+    return [Finding(name, "ok", f"agree on {len(probes)} probes")]
 
 
 def check_cache(directory: Path) -> list[Finding]:
@@ -119,9 +116,8 @@ def _tokenizer(path: Path, manifest: Manifest) -> Finding:
     tokenizer = load_tokenizer(path)
     if tokenizer.sha256 == manifest["tokenizer_sha256"]:
         return Finding(f"{path}", "ok", "is the tokenizer of this data set")
-    return Finding(
-        f"{path}", "failed", "is not the tokenizer of this data set", "give that one, or prepare the data again"
-    )
+    remedy = "give that one (where a directory holds two, name its file), or prepare the data again"
+    return Finding(f"{path}", "failed", "is not the tokenizer of this data set", remedy)
 
 
 def _index(path: Path) -> Finding:

@@ -1,72 +1,133 @@
-"""Documents to train on: text files (one document each), JSONL files (one per line), Python's standard library."""
+"""Documents to train on: text files (one document each), JSON lines, Parquet, folders of them, Python's own library."""
 
 from __future__ import annotations
 
-import json
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LONGEST_LINE = 1 << 28
-"""Bytes of one JSONL line: a longer one is a file of another format."""
+from megatron_dmc.data.compression import COMPRESSIONS, PARQUET_SUFFIX, inner_suffix, needs_pyarrow, opened, pyarrow
+from megatron_dmc.data.json_lines import (
+    JSON_LINES_SUFFIXES,
+    OnBad,
+    is_json_lines,
+    looks_like_json_lines,
+    read_json_lines,
+)
+from megatron_dmc.data.parquet import read_parquet
+
+TEXT_SUFFIX = ".txt"
+FOLDER_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIX)
+"""What is read of a folder; other files in it (``README.md``) are left out."""
 TESTS_AND_OTHERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+
+
+@dataclass
+class BadLines:
+    """Counts the lines and rows that are left out because they hold no text."""
+
+    count: int = 0
+    first: ValueError | None = None
+
+    def add(self, error: ValueError) -> None:
+        """Count one."""
+        self.count += 1
+        self.first = self.first or error
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files to read, in order. ``text_key`` names the field of a JSONL line that holds the text."""
+    """Files to read, in order.
+
+    Args:
+        files: the files.
+        text_key: field of a line, or column, that holds the text.
+        names: of the files, in the manifest; without the folders in which they lie on this machine.
+        left_out: names of files of a folder that are of no kind that is read.
+    """
 
     files: tuple[Path, ...]
     text_key: str = "text"
+    names: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
-    def num_bytes(self) -> int:
-        """Size of all files."""
+    def num_bytes(self) -> int | None:
+        """Size of all texts with what surrounds them; None where files are compressed."""
+        if any(path.suffix in (*COMPRESSIONS, PARQUET_SUFFIX) for path in self.files):
+            return None
         return sum(path.stat().st_size for path in self.files)
 
-    def documents(self) -> Iterator[str]:
-        """The documents that are not empty.
+    def documents(self, bad: BadLines | None = None) -> Iterator[str]:
+        """The documents that are not empty, read as a stream.
+
+        Args:
+            bad: counts bad lines and rows, which are left out; None: the first one is an error.
 
         Raises:
-            ValueError: a file that is no text, or a JSONL line without the text; file and line are named.
+            ValueError: a file that is no text, or a line without the text; file and line are named.
         """
         for path in self.files:
-            if path.suffix == ".jsonl":
-                yield from filter(None, _lines_of(path, self.text_key))
-            elif text := _text_of(path):
-                yield text
+            yield from filter(None, _documents_of(path, self.text_key, None if bad is None else bad.add))
 
 
 def user_corpus(paths: Sequence[Path | str], text_key: str = "text") -> Corpus:
-    """The user's files, in the order given.
+    """The user's files in the order given; those of a folder sorted by their path in it.
 
     Raises:
-        ValueError: no file given, or something that is not a file.
+        ValueError: nothing given, something that is not there, a folder without files to read; pyarrow is missing.
     """
-    files = tuple(Path(path) for path in paths)
-    if not files:
-        raise ValueError("no input: give text or JSONL files, or --python-source for Python's standard library")
-    missing = [str(path) for path in files if not path.is_file()]
+    if not paths:
+        raise ValueError("no input: give text, JSONL or Parquet files, or --python-source for Python's library")
+    inputs = [Path(path) for path in paths]
+    missing = [str(path) for path in inputs if not path.exists()]
     if missing:
-        raise ValueError(f"not a file: {', '.join(missing)}: give text files, or JSONL files with the suffix .jsonl")
-    return Corpus(files, text_key)
+        raise ValueError(f"not a file: {', '.join(missing)}: give text, JSONL or Parquet files, or folders of them")
+    found = [pair for path in inputs for pair in (_in_folder(path) if path.is_dir() else [(path, path.name)])]
+    others = [pair for path in inputs if path.is_dir() for pair in _in_folder(path, others=True)]
+    files, names = zip(*found, strict=True)
+    for path in files:
+        if needs_pyarrow(path):
+            pyarrow(path)  # said before any file is read
+    return Corpus(files, text_key, names, tuple(name for _, name in others))
 
 
 def python_source() -> Corpus:
     """The source of the installed standard library without its tests: real text (11 to 12 MB) on every machine."""
     library = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path
+    named = {
+        name.as_posix(): path
         for path in library.rglob("*.py")
-        if TESTS_AND_OTHERS.isdisjoint(path.relative_to(library).parts)
+        if TESTS_AND_OTHERS.isdisjoint((name := path.relative_to(library)).parts)
         # Written when Python was built, and full of that machine's paths.
         and not path.name.startswith("_sysconfigdata")
-    ]
-    if not files:
+    }
+    if not named:
         raise ValueError(f"{library} holds no Python source: install Python's standard library as source")
-    return Corpus(tuple(sorted(files, key=lambda path: path.relative_to(library).as_posix())))
+    return Corpus(tuple(path for _, path in sorted(named.items())), names=tuple(sorted(named)))
+
+
+def _in_folder(folder: Path, *, others: bool = False) -> list[tuple[Path, str]]:
+    """The files to read with their names, or the others. Hidden files are neither."""
+    named = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    seen = [
+        (path, f"{folder.name}/{name.as_posix()}")
+        for name, path in sorted(named.items(), key=lambda item: item[0].as_posix())
+        if not any(part.startswith(".") for part in name.parts) and (inner_suffix(path) in FOLDER_SUFFIXES) != others
+    ]
+    if not seen and not others:
+        raise ValueError(f"{folder} holds no file to read: {', '.join(FOLDER_SUFFIXES)}, also with .gz or .zst")
+    return seen
+
+
+def _documents_of(path: Path, text_key: str, on_bad: OnBad | None) -> Iterator[str]:
+    if inner_suffix(path) == PARQUET_SUFFIX:
+        return read_parquet(path, text_key, on_bad)
+    if is_json_lines(path) or (inner_suffix(path) != ".py" and looks_like_json_lines(path, text_key)):
+        return read_json_lines(path, text_key, on_bad)
+    return iter([_text_of(path)])
 
 
 def _text_of(path: Path) -> str:
@@ -74,35 +135,7 @@ def _text_of(path: Path) -> str:
         if path.suffix == ".py":
             with tokenize.open(path) as source:
                 return source.read()
-        return path.read_bytes().decode("utf-8")
+        with opened(path) as stream:
+            return stream.read().decode("utf-8")
     except (UnicodeDecodeError, SyntaxError) as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def _lines_of(path: Path, text_key: str) -> Iterator[str]:
-    with open(path, "rb") as stream:
-        number = 0
-        while line := stream.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise ValueError(
-                    f"{path}, line {number}: longer than {LONGEST_LINE} bytes: is it JSON, one object a line?"
-                )
-            if line.isspace():
-                continue
-            yield _text_in(line, text_key, f"{path}, line {number}")
-
-
-def _text_in(line: bytes, text_key: str, place: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
-    text = value.get(text_key) if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{place} has no text under {text_key!r}: name its field with --json-key")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
-        raise ValueError(f"{place} is not Unicode text: {error}") from error
-    return text

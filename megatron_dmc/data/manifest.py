@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypedDict, cast, get_type_hints
+from typing import Any, TypedDict, cast, get_origin, get_type_hints
 
 from megatron_dmc.support.files import write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_SINCE_2: dict[str, Any] = {"files": [], "num_bad_lines": 0}
+"""What a manifest of version 1 does not say, as it is read."""
 
 
 class Manifest(TypedDict):
-    """Facts about one data set. ``corpus_sha256`` covers the documents of all its splits, in order."""
+    """Facts about one data set.
+
+    ``corpus_sha256`` covers the documents of all its splits, in order; ``files`` names what they were read from, in
+    order; ``num_bad_lines`` counts what was left out of these files because it held no text.
+    """
 
     schema_version: int
     tokenizer_sha256: str
@@ -23,6 +29,8 @@ class Manifest(TypedDict):
     bin_sha256: str
     idx_sha256: str
     corpus_sha256: str
+    files: list[str]
+    num_bad_lines: int
 
 
 def manifest_path(prefix: Path) -> Path:
@@ -49,11 +57,14 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     version = stored.get("schema_version") if isinstance(stored, dict) else None
+    if version == 1:
+        stored, version = {**_SINCE_2, **stored, "schema_version": SCHEMA_VERSION}, SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise ValueError(
-            f"{path} has schema_version={version!r}, this release reads {SCHEMA_VERSION}: prepare it again"
+            f"{path} has schema_version={version!r}, this release reads 1 and {SCHEMA_VERSION}: prepare it again"
         )
     types = get_type_hints(Manifest)
-    if stored.keys() != types.keys() or any(type(stored[name]) is not kind for name, kind in types.items()):
+    kinds = {name: get_origin(kind) or kind for name, kind in types.items()}
+    if stored.keys() != types.keys() or any(type(stored[name]) is not kind for name, kind in kinds.items()):
         raise ValueError(f"{path} does not hold exactly {sorted(types)} with their types: prepare the data again")
     return cast(Manifest, stored)

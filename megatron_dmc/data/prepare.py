@@ -6,17 +6,17 @@ import contextlib
 import functools
 import hashlib
 import multiprocessing
-import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from megatron_dmc.data.corpus import Corpus
+from megatron_dmc.data.corpus import BadLines, Corpus
 from megatron_dmc.data.indexed import IndexedWriter, idx_path
 from megatron_dmc.data.manifest import SCHEMA_VERSION, Manifest, write_manifest
 from megatron_dmc.data.sentencepiece_training import train_tokenizer
@@ -64,6 +64,7 @@ def prepare_directory(
     split: Split,
     workers: int = 1,
     overwrite: bool = False,
+    bad: BadLines | None = None,
 ) -> dict[str, Manifest]:
     """Write data sets to a new ``directory``, with a copy of the tokenizer under ``tokenizer/``.
 
@@ -74,6 +75,7 @@ def prepare_directory(
         split: shares of the documents.
         workers: processes that tokenize.
         overwrite: replace an existing directory.
+        bad: counts bad lines of the input, which are left out; None: the first one is an error.
 
     Raises:
         ValueError: bad input, a split without documents, an existing directory.
@@ -83,15 +85,14 @@ def prepare_directory(
         own = beside / "tokenizer"
         own.mkdir()
         if isinstance(tokenizer, int):
-            train_tokenizer(corpus.documents(), tokenizer, own)
+            train_tokenizer(corpus.documents(None if bad is None else BadLines()), tokenizer, own)
         else:
-            for path in load_tokenizer(tokenizer).files():
-                shutil.copy(path, own / path.name)
-        return prepare(corpus, own, beside, split, workers)
+            load_tokenizer(tokenizer).copy_to(own)
+        return prepare(corpus, own, beside, split, workers, bad)
 
 
 def prepare(
-    corpus: Corpus, tokenizer_path: Path, directory: Path, split: Split, workers: int = 1
+    corpus: Corpus, tokenizer_path: Path, directory: Path, split: Split, workers: int = 1, bad: BadLines | None = None
 ) -> dict[str, Manifest]:
     """Write ``train``, ``validation`` and ``test`` (``.bin``, ``.idx``, ``.json``) into an existing ``directory``.
 
@@ -110,7 +111,7 @@ def prepare(
             name: stack.enter_context(IndexedWriter(directory / name, tokenizer.vocab_size)) for name in split.names()
         }
         advance = stack.enter_context(progress("tokenizing", corpus.num_bytes, "B"))
-        batches = _batches(corpus.documents(), digest)
+        batches = _batches(corpus.documents(bad), digest)
         for texts, documents in _encoded(batches, tokenizer, tokenizer_path, workers):
             for text, tokens in zip(texts, documents, strict=True):
                 writers[split.of(text)].add(tokens)
@@ -118,10 +119,19 @@ def prepare(
         empty = [name for name, writer in writers.items() if not writer.num_documents]
         if empty:
             raise ValueError(f"no document fell into {', '.join(empty)}: give more documents, or a split without it")
-    return {name: _finish(directory / name, writer, tokenizer, digest.hexdigest()) for name, writer in writers.items()}
+    source = _Source(digest.hexdigest(), list(corpus.names), bad.count if bad else 0)
+    return {name: _finish(directory / name, writer, tokenizer, source) for name, writer in writers.items()}
 
 
-def _finish(prefix: Path, writer: IndexedWriter, tokenizer: Tokenizer, corpus_sha256: str) -> Manifest:
+class _Source(NamedTuple):
+    """What all splits were made of."""
+
+    sha256: str
+    files: list[str]
+    num_bad_lines: int
+
+
+def _finish(prefix: Path, writer: IndexedWriter, tokenizer: Tokenizer, source: _Source) -> Manifest:
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         tokenizer_sha256=tokenizer.sha256,
@@ -131,7 +141,9 @@ def _finish(prefix: Path, writer: IndexedWriter, tokenizer: Tokenizer, corpus_sh
         num_documents=writer.num_documents,
         bin_sha256=writer.bin_sha256,
         idx_sha256=sha256_file(idx_path(prefix)),
-        corpus_sha256=corpus_sha256,
+        corpus_sha256=source.sha256,
+        files=source.files,
+        num_bad_lines=source.num_bad_lines,
     )
     write_manifest(prefix, manifest)
     return manifest

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_dmc.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
+from megatron_dmc.data.tokenizer.base import JSON_FILE, MODEL_FILE
 from megatron_dmc.support.files import write_json
 
 PIECE_CHARACTERS = 2000
@@ -49,7 +49,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
         )
     except RuntimeError as error:
         raise ValueError(f"sentencepiece cannot train a vocabulary of {vocab_size} on this text: {error}") from error
-    (directory / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
+    (directory / MODEL_FILE).write_bytes(model.getvalue())
     _write_hugging_face(model.getvalue(), directory)
 
 
@@ -76,7 +76,7 @@ def _write_hugging_face(model: bytes, directory: Path) -> None:
     unspace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     write_json(
-        directory / HUGGING_FACE_FILE,
+        directory / JSON_FILE,
         {
             "version": "1.0",
             "truncation": None,

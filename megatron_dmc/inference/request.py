@@ -27,7 +27,7 @@ class Request:
     sampling: SamplingParams
     on_token: Callable[[int], None] | None = None
     output: list[int] = field(default_factory=list)
-    """Tokens so far, without the end-of-document token."""
+    """Tokens so far, without the one that ended the text."""
     finish_reason: FinishReason | None = None
     """None while the request waits or runs."""
     error: str = ""
@@ -65,7 +65,7 @@ class Request:
 
     def receive(self, token: int) -> None:
         """Take the next token, which may be the last."""
-        if token == self.sampling.eod:
+        if token in self.sampling.end_tokens:
             self.finish_reason = "eod"
             return
         self.output.append(token)

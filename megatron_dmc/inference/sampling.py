@@ -20,7 +20,7 @@ class SamplingParams:
         temperature: divides the logits; 0 takes the most likely token.
         top_p: sample among the most likely tokens that together reach this probability, in (0, 1].
         seed: of the request's own random numbers; the same seed and prompt give the same text in any batch.
-        eod: token that ends a text, if any; it is not part of the text.
+        end_tokens: each of them ends a text and is not part of it.
 
     Raises:
         ValueError: a value outside its range.
@@ -30,7 +30,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    eod: int | None = None
+    end_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

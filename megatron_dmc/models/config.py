@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_dmc.ops.rope import RopeScaling
+    from megatron_dmc.ops.rope_scaling import RopeScaling
 
 DTYPES = ("float32", "bfloat16", "float16")
 

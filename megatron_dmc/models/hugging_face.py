@@ -14,7 +14,7 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig, require
 from megatron_dmc.models.families import DMC_PREFIX, Family, family_of
 from megatron_dmc.models.hugging_face_settings import check_settings
-from megatron_dmc.ops.rope import ROPE_TYPES, RopeScaling
+from megatron_dmc.ops.rope_scaling import ROPE_TYPES, RopeScaling
 
 CONFIG_BYTES_LIMIT = 1 << 20
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from megatron_dmc.models.config import ModelConfig
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 
 
 class Setting(NamedTuple):

@@ -19,6 +19,7 @@ PURPOSES = {
     "hf": "loading exported models in transformers, and `convert verify`",
     "eval": "standard benchmarks",
     "plot": "the pictures of `report` and `quickstart`",
+    "data": "Parquet and .zst files in `data prepare`",
     "dev": "the tests",
 }
 """Extra -> what it is for."""

@@ -19,6 +19,7 @@ EXTRAS = {
     "hf": {"transformers": ">=5.17", "tokenizers": ""},
     "eval": {"lm-eval": ">=0.4.13"},
     "plot": {"matplotlib": ""},
+    "data": {"pyarrow": ""},
     "dev": {"pytest": "", "hypothesis": "", "mypy": "", "pytest-timeout": "", "ruff": ""},
 }
 """Extra -> its packages; the first shows that the extra is there. ``megatron_dmc.hf`` subclasses transformers' caches,

@@ -17,7 +17,7 @@ from megatron_dmc.checkpoint.saved_arguments import (
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.megatron import megatron_arguments
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 from tests.checkpoints_convert.models import TINY, VARIANTS
 
 LLAMAS = st.builds(

@@ -14,7 +14,7 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.hugging_face import to_hf_config
 from megatron_dmc.models.tensors import entries
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 
 TINY = ModelConfig(
     hidden_size=32,

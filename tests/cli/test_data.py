@@ -52,3 +52,20 @@ def test_mistakes_exit_with_1_and_write_nothing(tmp_path, monkeypatch, capsys, a
 def test_no_data_set_to_check(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path / "nothing")]) == 1
     assert "is missing" in capsys.readouterr().err
+
+
+def test_what_was_read_and_left_out_is_said(tmp_path, tokenizer_directory, capsys):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "my-corpus.json").write_text('{"text": "one"}\n{"text": 2}\n{"text": "two"}\n')
+    (folder / "README.md").write_text("not a document")
+    arguments = ["data", "prepare", str(folder), "--tokenizer", str(tokenizer_directory), "--split", "1,0,0"]
+    assert main([*arguments, "--output", str(tmp_path / "data")]) == 1
+    assert "my-corpus.json, line 2 has no text under 'text': name its field" in capsys.readouterr().err
+    assert main([*arguments, "--output", str(tmp_path / "data"), "--skip-bad-lines"]) == 0
+    printed = capsys.readouterr().out
+    assert "files read: 1\n" in printed
+    assert "files left out: 1 of another kind, first corpus/README.md" in printed
+    assert "bad lines left out: 1; the first: " in printed
+    assert f"tokenizer: {tokenizer_directory / 'tokenizer.json'}" in printed
+    assert "data/train: 2 documents" in printed

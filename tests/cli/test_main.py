@@ -1,11 +1,24 @@
 """Exit codes and messages of the program, whatever the command."""
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 
 import megatron_dmc.cli as cli
 from megatron_dmc.support.errors import CheckFailed, InfrastructureError
+
+HEAVY = ("torch", "numpy", "megatron.core", "transformers", "tokenizers", "sentencepiece", "matplotlib", "pyarrow")
+
+
+def commands(parser, before=()):
+    """Every command with its parts: ``convert import``."""
+    yield list(before)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, part in action.choices.items():
+                yield from commands(part, (*before, name))
 
 
 def run_with(monkeypatch, error):
@@ -50,3 +63,15 @@ def test_every_command_has_help(capsys, command):
         code = left.code
     assert code == 0
     assert f"megatron-dmc {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands(cli.build_parser()), ids=lambda command: " ".join(command) or "none")
+def test_help_loads_nothing_heavy(command):
+    code = (
+        "import sys; from megatron_dmc.cli import main\n"
+        f"try: main({[*command, '--help']})\n"
+        f"finally: print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stderr.strip() == "[]"
+    assert "usage: megatron-dmc" in finished.stdout

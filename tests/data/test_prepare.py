@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from megatron_dmc.data.corpus import Corpus
+from megatron_dmc.data.corpus import BadLines, Corpus, user_corpus
 from megatron_dmc.data.indexed import IndexedTokens
 from megatron_dmc.data.manifest import manifest_path, read_manifest
 from megatron_dmc.data.prepare import SPLITS, Split, prepare_directory
 from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.support.files import sha256_file
+from tests.data.tokenizer.directories import sentencepiece_directory
 
 HALVES = Split(60, 20, 20)
 
@@ -104,8 +105,9 @@ def test_no_worker(corpus, tokenizer_directory, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema_version=2"),
+        ({"schema_version": 3}, "schema_version=3"),
         ({"vocab_size": "360"}, "does not hold exactly"),
+        ({"files": "a.txt"}, "does not hold exactly"),
         ({"extra": 1}, "does not hold exactly"),
     ],
 )
@@ -114,6 +116,48 @@ def test_a_manifest_of_another_kind(prepared, tmp_path, change, message):
     (tmp_path / "train.json").write_text(json.dumps({**stored, **change}))
     with pytest.raises(ValueError, match=message):
         read_manifest(tmp_path / "train")
+
+
+def test_a_manifest_of_the_first_version_is_read(prepared, tmp_path):
+    stored = json.loads(manifest_path(prepared / "train").read_text())
+    del stored["files"], stored["num_bad_lines"]
+    (tmp_path / "train.json").write_text(json.dumps({**stored, "schema_version": 1}))
+    assert read_manifest(tmp_path / "train") == {**stored, "schema_version": 2, "files": [], "num_bad_lines": 0}
+
+
+def test_the_manifest_names_the_files_and_counts_what_was_left_out(tokenizer_directory, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "b.jsonl").write_text('{"text": "x"}\n{"text": 3}\n{"text": "y"}\n')
+    (folder / "a.txt").write_text("x")
+    corpus, output = user_corpus([folder]), tmp_path / "data"
+    with pytest.raises(ValueError, match="line 2 has no text"):
+        prepare_directory(corpus, output, tokenizer=tokenizer_directory, split=Split(1, 0, 0))
+    manifests = prepare_directory(
+        corpus, output, tokenizer=tokenizer_directory, split=Split(1, 0, 0), workers=2, bad=BadLines()
+    )
+    assert manifests["train"]["files"] == ["corpus/a.txt", "corpus/b.jsonl"]
+    assert manifests["train"]["num_bad_lines"] == 1
+    assert manifests["train"]["num_documents"] == 3
+
+
+def test_the_tokenizer_that_is_named_is_the_one_of_the_data(corpus, tokenizer_directory, tmp_path):
+    for name in ("tokenizer.json", "tokenizer.model"):
+        named = tokenizer_directory / name
+        manifests = prepare_directory(corpus, tmp_path / name, tokenizer=named, split=Split(1, 0, 0))
+        assert manifests["train"]["tokenizer_sha256"] == sha256_file(named)
+        assert load_tokenizer(tmp_path / name / "tokenizer").path.name == name
+
+
+def test_added_tokens_are_whole_in_the_data(tmp_path):
+    first = sentencepiece_directory(tmp_path)
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"text": "<|im_start|>user\nhi<|im_end|>"}))
+    prepare_directory(
+        user_corpus([tmp_path / "chat.jsonl"]), tmp_path / "data", tokenizer=tmp_path, split=Split(1, 0, 0), workers=2
+    )
+    tokens = IndexedTokens(tmp_path / "data" / "train").tokens_of(0).tolist()
+    assert tokens[0] == first + 1
+    assert tokens[-2:] == [first, first]
 
 
 def test_data_of_another_tool_has_no_manifest(tmp_path):

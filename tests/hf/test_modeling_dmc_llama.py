@@ -12,7 +12,7 @@ from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.models.hugging_face import to_hf_config
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 from tests.inference.model_directory import VOCAB_SIZE, write_model
 
 transformers = pytest.importorskip("transformers")

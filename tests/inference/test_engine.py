@@ -8,7 +8,7 @@ from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.models.hugging_face import to_hf_config
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 from tests.inference.tiny_model import Decoder, RandomSource, tiny_llama, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5], list(range(40))]
@@ -76,14 +76,15 @@ def test_greedy_text_equals_whole_forward_passes():
         tokens.append(token)
 
 
-def test_end_of_document_ends_a_text_and_frees_its_memory():
+def test_any_end_token_ends_a_text_and_frees_its_memory():
     model = tiny_model(DMCConfig(decision_bias=-1.0))
     free = Engine(model).generate(PROMPTS, SamplingParams(max_new_tokens=10))
-    eod = free[0].output[4]
+    ends = frozenset(request.output[4] for request in free[:2])
     engine = Engine(model)
-    ended = engine.generate(PROMPTS, SamplingParams(max_new_tokens=10, eod=eod))
-    assert ended[0].output == free[0].output[: free[0].output.index(eod)]
-    assert ended[0].finish_reason == "eod"
+    ended = engine.generate(PROMPTS, SamplingParams(max_new_tokens=10, end_tokens=ends))
+    for one, whole in zip(ended[:2], free[:2], strict=True):
+        assert one.output == whole.output[: min(whole.output.index(end) for end in ends & set(whole.output))]
+        assert one.finish_reason == "eod"
     assert {request.finish_reason for request in ended} >= {"eod"}
     assert_empty(engine)
 

@@ -7,7 +7,7 @@ import pytest
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.hugging_face import parse_hf_config, to_hf_config
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 
 LLAMA2_7B = {
     "architectures": ["LlamaForCausalLM"],

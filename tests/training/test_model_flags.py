@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from megatron_dmc.models.config import ModelConfig
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 from megatron_dmc.training.model_flags import add_model_arguments, check_flags, fixed_flags, model_flags
 
 LLAMA = ModelConfig(

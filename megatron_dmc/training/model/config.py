@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.ops.rope import RopeScaling
+from megatron_dmc.ops.rope_scaling import RopeScaling
 from megatron_dmc.training.model.microbatch import GradientScale, Observer
 
 
