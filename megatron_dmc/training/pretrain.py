@@ -219,11 +219,13 @@ def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_dmc.training.data_sets import build_data_sets
+    from megatron_dmc.training.decision_log import DecisionLog, both
     from megatron_dmc.training.forward_step import forward_step
     from megatron_dmc.training.metrics import watch_steps
 
     args, model_config = configure(run)
-    model_config.transformer.dmc_observer = observer
+    log = DecisionLog(Path(args.save)) if args.dmc_log_decisions and args.save else None
+    model_config.transformer.dmc_observer = both(observer, log)
     recorder, decision = watch_steps(args)
     # What holds if this process is killed.
     _record(run, Outcome(saved, args.train_iters or 0, Status.RUNNING))
@@ -238,6 +240,8 @@ def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:
         # Megatron leaves with status 0 also when loading fails; 16 and 17 are its rerun machine's.
         if left.code not in (0, None):
             raise
+    if log is not None:
+        log.write()
     iteration = _check_saved(run.save, recorder.iteration)
     if iteration >= args.train_iters:
         return Outcome(iteration, args.train_iters, Status.COMPLETE)
