@@ -13,7 +13,7 @@ from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
 from megatron_dmc.checkpoint.manifest import manifest_problems, read_manifest
 from megatron_dmc.checkpoint.source import MegatronSource
-from megatron_dmc.support.progress import amount
+from megatron_dmc.support.units import amount
 
 
 @dataclasses.dataclass(frozen=True)
