@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 JSON_BYTES_LIMIT = 1 << 26
 """Far above the index of any model (a 70B Llama: 60 KB)."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; anything else (a pipe, a device, a socket, a folder) is not opened.
+
+    Raises:
+        ValueError: there is no regular file at ``path``, or it may not be read.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path} is missing or not a regular file: it is {kind_of(os.stat(path).st_mode)}")
+        stream = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 -- the caller closes it
+    except OSError as error:
+        raise ValueError(f"{path} is missing or not a regular file ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise ValueError(f"{path} is not a regular file any more")
+    return stream
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A pipe that took the place of the file must not stop this process."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def kind_of(mode: int) -> str:
+    """What a file is, in words."""
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((told for is_kind, told in kinds if is_kind(mode)), "a device")
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -16,9 +47,9 @@ def read_bounded(path: Path, limit: int) -> bytes:
     Raises:
         ValueError: the file is missing, not a regular file, or larger.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing or not a regular file")
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
+        if os.fstat(stream.fileno()).st_size > limit:
+            raise ValueError(f"{path} is larger than the {limit} bytes that are allowed for it")
         data = stream.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"{path} is larger than the {limit} bytes that are allowed for it")
