@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_dmc.checkpoint.allowed import ALLOWED, DTYPES
-from megatron_dmc.checkpoint.bounded import confined, read_bounded, read_json
+from megatron_dmc.checkpoint.bounded import confined, open_regular, read_bounded, read_json
 from megatron_dmc.checkpoint.pickles import Name, Record, describe
 from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file, read_torch_item
 
@@ -39,7 +39,7 @@ class Item:
 
     def open(self) -> Any:
         """As :meth:`describe`, opening the file."""
-        with open(self.path, "rb") as stream:
+        with open_regular(self.path) as stream:
             return self.describe(stream)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 Read = Callable[[int, int], bytes]
 """Reads ``length`` bytes at ``offset`` of the archive; ``ValueError`` where it ends before."""
@@ -27,14 +27,15 @@ _NARROW = 0xFFFFFFFF
 _ENTRIES_NARROW = 0xFFFF
 _UTF8, _DESCRIPTOR_FOLLOWS = 0x0800, 0x0008
 
-_LOCAL = struct.Struct("<4s5H3L2H")
-_LOCAL_FIELDS = (
-    "signature version flags compression-method time date checksum compressed-size size name-length extra-length".split()
+_SHARED_FIELDS = (
+    "version flags compression_method time date checksum compressed_size size name_length extra_length".split()  # noqa: SIM905
 )
+_LOCAL = struct.Struct("<4s5H3L2H")
+_LOCAL_FIELDS = ("signature", *_SHARED_FIELDS)
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _ENTRY_FIELDS = (
-    "signature origin version flags compression-method time date checksum compressed-size size name-length extra-length "
-    "comment-length disk internal-attributes external-attributes place".split()
+    *("signature", "origin", *_SHARED_FIELDS),
+    *("comment_length", "disk", "internal_attributes", "external_attributes", "place"),
 )
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
@@ -124,7 +125,7 @@ def _end(read: Read, length: int, what: str) -> tuple[bytes, int, int]:
     found = read(length - _END_BYTES, _END_BYTES) if length >= _END_BYTES else b""
     if found[-_END.size :][:4] != b"PK\5\6" or found[:4] != b"PK\6\6":
         raise ValueError(
-            f"{what} is not a file of torch.save (torch >= 1.6), or is truncated: no zip directory at its end"
+            f"{what} is not a file of torch.save (torch >= 1.6), or is truncated: it does not end as torch's zip does"
         )
     count, size, place = _END64.unpack(found[: _END64.size])[7:]
     expected = _END64.pack(b"PK\6\6", _END64.size - 12, 0x031E, 45, 0, 0, count, count, size, place)
@@ -192,12 +193,14 @@ def _record(read: Read, entry: _Entry, what: str, end: int) -> tuple[Extent, int
 
 
 def _refuse(
-    what: str, part: str, layout: struct.Struct, fields: list[str], found: bytes, expected: bytes
-) -> None:
+    what: str, part: str, layout: struct.Struct, fields: tuple[str, ...], found: bytes, expected: bytes
+) -> NoReturn:
     """Raise ``ValueError`` with the first field that differs."""
-    pairs = zip(fields, layout.unpack(found[: layout.size].ljust(layout.size)), layout.unpack(expected[: layout.size]))
-    for field, is_there, should_be in pairs:
-        if is_there != should_be:
-            told = "compressed" if field == "compression-method" else f"{field} {is_there!r} instead of {should_be!r}"
-            raise ValueError(f"{what}: the {part} of the zip is not one of torch.save: {told}")
-    raise ValueError(f"{what}: the {part} of the zip is not one of torch.save: another name or extra field")
+    is_there, should_be = (layout.unpack(part[: layout.size].ljust(layout.size)) for part in (found, expected))
+    differing = [number for number in range(len(fields)) if is_there[number] != should_be[number]]
+    told = "its name or its extra field"
+    if differing:
+        first = differing[0]
+        told = f"{fields[first]} {is_there[first]!r} instead of {should_be[first]!r}"
+        told += ", compressed or encrypted" if fields[first] in ("compression_method", "flags") else ""
+    raise ValueError(f"{what}: the {part} of the zip differs from what torch.save writes: {told}")

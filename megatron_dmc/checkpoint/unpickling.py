@@ -22,7 +22,7 @@ from megatron_dmc.checkpoint.allowed import ALLOWED, STORAGE_DTYPES
 from megatron_dmc.checkpoint.bounded import open_regular
 from megatron_dmc.checkpoint.nested import check_nested
 from megatron_dmc.checkpoint.pickles import describe
-from megatron_dmc.checkpoint.torch_file import Archive, open_archive, tensor_memory
+from megatron_dmc.checkpoint.torch_file import Archive, open_archive
 
 _NAMES_BY_OTHER_RELEASES = {
     "__builtin__.": "builtins.",
@@ -92,9 +92,7 @@ class _Storages:
         return self._read[key]
 
 
-def _build(
-    data: bytes, what: str, functions: Mapping[str, Any], load_persistent: Callable[[Any], Any] | None
-) -> Any:
+def _build(data: bytes, what: str, functions: Mapping[str, Any], load_persistent: Callable[[Any], Any] | None) -> Any:
     try:
         return _Unpickler(data, functions, load_persistent).load()
     except (pickle.UnpicklingError, ImportError, AttributeError, TypeError, LookupError, EOFError) as error:
@@ -104,9 +102,7 @@ def _build(
 class _Unpickler(pickle.Unpickler):
     """Python's unpickler over bytes that were described, with no names but those that may be mentioned."""
 
-    def __init__(
-        self, data: bytes, functions: Mapping[str, Any], load_persistent: Callable[[Any], Any] | None
-    ) -> None:
+    def __init__(self, data: bytes, functions: Mapping[str, Any], load_persistent: Callable[[Any], Any] | None) -> None:
         super().__init__(io.BytesIO(data), fix_imports=False)
         self._functions = functions
         self._load_persistent = load_persistent

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from megatron_dmc.checkpoint.bounded import open_regular
 from megatron_dmc.data.indexed import IndexedTokens, bin_path, idx_path
 from megatron_dmc.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_dmc.data.tokenizer import (
@@ -124,20 +127,32 @@ def _tokenizer(path: Path, manifest: Manifest) -> Finding:
     )
 
 
-def _index(path: Path) -> Finding:
+def check_index(path: Path) -> None:
+    """Raise ``ValueError`` for a file of Megatron's index cache that is not a whole array of integers.
+
+    Reads the header alone, without pickle; anything but a regular file is not opened.
+    """
     remedy = "delete it, Megatron builds it again"
     readers: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype]]] = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         try:
             shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
-        except (ValueError, KeyError) as error:
-            return Finding(str(path), "failed", f"is not a NumPy array: {error}", remedy)
-        if dtype.kind not in "iu":
-            return Finding(str(path), "failed", f"holds {dtype}, an index holds integers", remedy)
-        expected = stream.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if path.stat().st_size != expected:
-        return Finding(str(path), "failed", f"has {path.stat().st_size} bytes, its header asks for {expected}", remedy)
-    return Finding(str(path), "ok", f"{dtype} {list(shape)}")
+        except (ValueError, KeyError, SyntaxError, MemoryError, RecursionError) as error:
+            raise ValueError(f"{path} is not a NumPy array: {error!s:.200}; {remedy}") from error
+        if dtype.kind not in "iu" or dtype.fields is not None:
+            raise ValueError(f"{path} holds {dtype!s:.100}, an index holds integers; {remedy}")
+        expected, size = stream.tell() + math.prod(shape) * dtype.itemsize, os.fstat(stream.fileno()).st_size
+    if size != expected or min(shape, default=0) < 0:
+        raise ValueError(f"{path} has {size} bytes, its header asks for {expected}; {remedy}")
+
+
+def _index(path: Path) -> Finding:
+    try:
+        check_index(path)
+    except ValueError as error:
+        detail, _, remedy = str(error).rpartition("; ")
+        return Finding(str(path), "failed", detail or str(error), remedy if detail else "delete it")
+    return Finding(str(path), "ok", "an array of integers")

@@ -26,6 +26,7 @@ from megatron_dmc.training.arguments import (
     refuse_flags,
     with_defaults,
 )
+from megatron_dmc.training.loading import confine, refuse_loading_flags, telling
 from megatron_dmc.training.start import Start, find_start, saved_iteration
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def prepare(argv: list[str]) -> Run:
     Raises:
         ValueError: a flag, a base checkpoint or a data set that does not fit.
     """
+    refuse_loading_flags(argv)
     given = _read_own_flags(argv)
     settings = dmc_config_from_args(given)
     refuse_flags(argv, settings.stage)
@@ -72,6 +74,7 @@ def prepare(argv: list[str]) -> Run:
     from megatron_dmc.seam import megatron_compat
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
+    confine(start.checkpoint)
     return Run(argv, start, given.save, int(given.train_iters) if given.train_iters else None)
 
 
@@ -195,12 +198,13 @@ def _run_engine(run: Run) -> int:
     megatron_compat.after_each_step(recorder)
     megatron_compat.stop_when(stop_decision(recorder))
     try:
-        pretrain(
-            cfg_container=pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_dataset_provider=build_data_sets,
-            model_type=ModelType.encoder_or_decoder,
-            forward_step_func=forward_step,
-        )
+        with telling():
+            pretrain(
+                cfg_container=pretrain_cfg_container_from_args(args, model_config),
+                train_valid_test_dataset_provider=build_data_sets,
+                model_type=ModelType.encoder_or_decoder,
+                forward_step_func=forward_step,
+            )
     except SystemExit as left:
         # Megatron leaves with status 0 also when loading fails; 16 and 17 are its rerun machine's.
         if left.code not in (0, None):
