@@ -48,7 +48,9 @@ def describe(
         for opcode, argument, position in pickletools.genops(data):
             try:
                 if opcode.name == "STOP":
-                    return walk.finish(data, position)
+                    if position != len(data) - 1:
+                        raise Refused("bytes are left over behind its end")
+                    return walk.finish(data)
                 walk.step(opcode.name, argument)
             except Refused as refusal:
                 raise Refused(f"{what} is refused: {refusal} (byte {position})") from None
@@ -86,11 +88,11 @@ class _Walk:
             items.append(value)
         return items[::-1]
 
-    def finish(self, data: bytes, last: int) -> Any:
-        """The value, when the pickle ends at byte ``last``."""
+    def finish(self, data: bytes) -> Any:
+        """The value, when the pickle has ended."""
         value = self.pop()
-        if self.stack or last + 1 != len(data):
-            raise Refused("values or bytes are left over at its end")
+        if self.stack:
+            raise Refused("values are left over at its end")
         check_size(value, len(data))
         return value
 

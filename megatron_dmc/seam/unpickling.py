@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import io
 import pickle
 import types
 from collections.abc import Callable, Iterator
@@ -88,16 +89,16 @@ def _route_torch_load(builders: Builders) -> None:
             raise ValueError(f"torch.load with the pickle module {pickle_module!r}: files are read by one way only")
         return builders.load(f, map_location)
 
-    # torch's storages come through here when a process of ours sends another one a tensor.
+    # A tensor that one of our processes sends another comes through here. Pickle finds the function by its name, which
+    # may be Megatron's: the replacement stands in both places.
     own = _original(torch.storage, "_load_from_bytes")
 
     @functools.wraps(own)
     def load_from_bytes(data: bytes) -> Any:
-        import io
+        return original(io.BytesIO(data), weights_only=True)
 
-        return original(io.BytesIO(data), weights_only=False)
-
-    _put(torch.storage, "_load_from_bytes", load_from_bytes, own)
+    for place in (torch.storage, importlib.import_module(own.__module__)):
+        _put(place, "_load_from_bytes" if place is torch.storage else own.__name__, load_from_bytes, own)
     for module in (torch, torch.serialization):
         _put(module, "load", load, original)
 

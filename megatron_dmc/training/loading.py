@@ -105,29 +105,29 @@ class Confinement:
             raise
 
 
-_confinement = Confinement(None)
-
-
-def confine(checkpoint: CheckedCheckpoint | None) -> None:
+def confine(checkpoint: CheckedCheckpoint | None) -> Confinement:
     """From here on this process loads ``checkpoint`` and nothing else (None: nothing at all).
 
     Raises:
         ImportError: the installed torch or Megatron unpickles in places that are not known here.
     """
-    global _confinement
     from megatron_dmc.checkpoint import unpickling
     from megatron_dmc.data.check import check_index
     from megatron_dmc.seam.unpickling import Builders, route
 
-    _confinement = confined = Confinement(checkpoint)
+    confined = Confinement(checkpoint)
 
     def load(source: Any, map_location: Any) -> Any:
         return unpickling.load(source, map_location, confined.open)
 
-    acts = (load, unpickling.unpickle, confined.open, check_index, confined.check_choice)
-    route(Builders(*map(confined.keeping, acts)))
-
-
-def telling() -> contextlib.AbstractContextManager[None]:
-    """See :meth:`Confinement.telling`."""
-    return _confinement.telling()
+    keeping = confined.keeping
+    route(
+        Builders(
+            load=keeping(load),
+            unpickle=keeping(unpickling.unpickle),
+            open_file=keeping(confined.open),
+            check_array=keeping(check_index),
+            check_choice=keeping(confined.check_choice),
+        )
+    )
+    return confined

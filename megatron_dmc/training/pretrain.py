@@ -26,7 +26,7 @@ from megatron_dmc.training.arguments import (
     refuse_flags,
     with_defaults,
 )
-from megatron_dmc.training.loading import confine, refuse_loading_flags, telling
+from megatron_dmc.training.loading import Confinement, confine, refuse_loading_flags
 from megatron_dmc.training.start import Start, find_start, saved_iteration
 
 if TYPE_CHECKING:
@@ -40,12 +40,14 @@ class Run:
     Attributes:
         argv: all flags for Megatron's parser.
         start: where the run starts.
+        loading: what this process may load.
         save: directory of its checkpoints, or None.
         train_iters: length of the stage in steps, or None.
     """
 
     argv: list[str]
     start: Start
+    loading: Confinement
     save: str | None
     train_iters: int | None
 
@@ -74,8 +76,8 @@ def prepare(argv: list[str]) -> Run:
     from megatron_dmc.seam import megatron_compat
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
-    confine(start.checkpoint)
-    return Run(argv, start, given.save, int(given.train_iters) if given.train_iters else None)
+    loading = confine(start.checkpoint)
+    return Run(argv, start, loading, given.save, int(given.train_iters) if given.train_iters else None)
 
 
 def train(argv: list[str]) -> int:
@@ -198,7 +200,7 @@ def _run_engine(run: Run) -> int:
     megatron_compat.after_each_step(recorder)
     megatron_compat.stop_when(stop_decision(recorder))
     try:
-        with telling():
+        with run.loading.telling():
             pretrain(
                 cfg_container=pretrain_cfg_container_from_args(args, model_config),
                 train_valid_test_dataset_provider=build_data_sets,
