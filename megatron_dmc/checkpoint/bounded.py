@@ -12,6 +12,10 @@ JSON_BYTES_LIMIT = 1 << 26
 """Far above the index of any model (a 70B Llama: 60 KB)."""
 
 
+class Refused(ValueError):
+    """A file holds something that no checkpoint needs: it was made so, rather than damaged."""
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; anything else (a pipe, a device, a socket, a folder) is not opened.
 
@@ -19,14 +23,15 @@ def open_regular(path: Path) -> BinaryIO:
         ValueError: there is no regular file at ``path``, or it may not be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{path} is missing or not a regular file: it is {kind_of(os.stat(path).st_mode)}")
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise Refused(f"{path} is not a regular file: it is {kind_of(mode)}")
         stream = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 -- the caller closes it
     except OSError as error:
         raise ValueError(f"{path} is missing or not a regular file ({error.strerror})") from error
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise ValueError(f"{path} is not a regular file any more")
+        raise Refused(f"{path} is not a regular file any more")
     return stream
 
 
@@ -91,7 +96,7 @@ def confined(directory: Path, name: object) -> Path:
     resolved, home = path.resolve(), directory.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(resolved.is_relative_to(allowed) for allowed in homes):
-        raise ValueError(f"{path} is a link to {resolved}, outside its directory: copy the file to its place")
+        raise Refused(f"{path} is a link to {resolved}, outside its directory: copy the file to its place")
     return path
 
 

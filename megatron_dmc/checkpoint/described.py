@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dmc.checkpoint.pickle_bounds import Refused
+from megatron_dmc.checkpoint.bounded import Refused
 
 
 class Name:

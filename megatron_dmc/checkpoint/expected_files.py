@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_dmc.checkpoint.bounded import confined, kind_of
+from megatron_dmc.checkpoint.bounded import Refused, confined, kind_of
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, TORCH_DIST, Location
 
 ENTRIES_LIMIT = 200_000
@@ -31,12 +31,12 @@ def check_files(location: Location) -> list[str]:
     """Look at every file of a checkpoint's folder; the names of those that are not known.
 
     Raises:
-        ValueError: a link that leads out of the checkpoint, a pipe or a device, or an unknown file that a loader of
+        Refused: a link that leads out of the checkpoint, a pipe or a device, or an unknown file that a loader of
             torch or Megatron could open.
     """
     home = location.root.resolve()
     if not location.directory.resolve().is_relative_to(home):
-        raise ValueError(f"{location.directory} is a link that leads out of {location.root}: copy it to its place")
+        raise Refused(f"{location.directory} is a link that leads out of {location.root}: copy it to its place")
     if location.format == HUGGING_FACE:
         return _check_model_directory(location.directory)
     known = re.compile(_KNOWN[location.format])
@@ -47,7 +47,7 @@ def check_files(location: Location) -> list[str]:
             continue
         # Beside the ranks of a published release lie the files of its repository; no loader looks there.
         if not _INERT.fullmatch(name) and location.directory != location.root:
-            raise ValueError(
+            raise Refused(
                 f"{path} belongs to no {location.format} checkpoint, and a loader could open it: move it elsewhere"
             )
         unknown.append(name)
@@ -65,9 +65,9 @@ def _check_kind(path: Path) -> int:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise ValueError(f"{path} cannot be looked at ({error.strerror}): remove it") from error
+        raise Refused(f"{path} cannot be looked at ({error.strerror}): remove it") from error
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ValueError(f"{path} is {kind_of(mode)}: a checkpoint holds regular files")
+        raise Refused(f"{path} is {kind_of(mode)}: a checkpoint holds regular files")
     return mode
 
 
@@ -79,13 +79,13 @@ def _walk(directory: Path, home: Path) -> Iterator[Path]:
             path = Path(entry.path)
             count += 1
             if count > ENTRIES_LIMIT:
-                raise ValueError(f"{directory} holds more than {ENTRIES_LIMIT} files: not a checkpoint")
+                raise Refused(f"{directory} holds more than {ENTRIES_LIMIT} files: not a checkpoint")
             if entry.is_symlink() and not path.resolve().is_relative_to(home):
-                raise ValueError(f"{path} is a link that leads out of {home}: copy the file to its place")
+                raise Refused(f"{path} is a link that leads out of {home}: copy the file to its place")
             mode = _check_kind(path)
             if stat.S_ISDIR(mode):
                 if entry.is_symlink():
-                    raise ValueError(f"{path} is a link to a folder: a checkpoint holds its own")
+                    raise Refused(f"{path} is a link to a folder: a checkpoint holds its own")
                 pending.append(path)
             else:
                 yield path

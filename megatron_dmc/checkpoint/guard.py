@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_dmc.checkpoint.bounded import open_regular
+from megatron_dmc.checkpoint.bounded import Refused, open_regular
 from megatron_dmc.checkpoint.expected_files import check_files
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
@@ -51,11 +51,11 @@ class CheckedCheckpoint:
         """
         expected = self.files.get(os.path.realpath(path))
         if expected is None:
-            raise ValueError(f"{path} is refused: it is not one of the files of {self.location.directory}")
+            raise Refused(f"{path} is refused: it is not one of the files of {self.location.directory}")
         stream = open_regular(path)
         if identity_of(os.fstat(stream.fileno())) != expected:
             stream.close()
-            raise ValueError(f"{path} is refused: it changed after it was checked; start again")
+            raise Refused(f"{path} is refused: it changed after it was checked; start again")
         return stream
 
 
@@ -74,7 +74,11 @@ def examine(path: Path | str) -> CheckedCheckpoint:
         ValueError: damaged, incomplete, a file that does not belong there, or a pickle that imports, calls or holds
             what no checkpoint needs; the message names it.
     """
-    location = locate(path)
+    return examine_location(locate(path))
+
+
+def examine_location(location: Location) -> CheckedCheckpoint:
+    """As :func:`examine`, of a checkpoint that was located before."""
     unknown = tuple(check_files(location))
     if location.format == HUGGING_FACE:
         return CheckedCheckpoint(location, {}, 0, unknown)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dmc.checkpoint.bounded import read_bounded
+from megatron_dmc.checkpoint.bounded import Refused, read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_([0-9]{7,})")
@@ -84,7 +84,7 @@ def _tracked(root: Path) -> Location:
     directory = root / (RELEASE if text == RELEASE else f"iter_{number:07d}")
     loose = _loose_files(root)
     if loose and (directory.is_dir() or _megatron_format(root) != LEGACY):
-        raise ValueError(
+        raise Refused(
             f"{root} holds {loose[0]} beside {TRACKER}, which names {directory.name}: which of the two is the "
             "checkpoint cannot be told; move one of them elsewhere"
         )

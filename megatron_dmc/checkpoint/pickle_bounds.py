@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_dmc.checkpoint.bounded import Refused
+
 DEPTH_LIMIT = 100
 """Containers in containers; saved arguments and optimizer states have about ten."""
 
@@ -17,10 +19,6 @@ _SMALL = 1 << 16
 _KEY_SCALARS = (str, int, float, bool, bytes, type(None))
 _KEY_BITS_LIMIT = 63
 """Larger numbers can be chosen so that all of them share a place in the table."""
-
-
-class Refused(ValueError):
-    """A pickle wants something that no checkpoint needs."""
 
 
 class Budget:

@@ -12,8 +12,9 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_dmc.checkpoint.bounded import Refused
 from megatron_dmc.checkpoint.described import Name, OrderedMapping, Record
-from megatron_dmc.checkpoint.pickle_bounds import Budget, Refused, check_key, check_size
+from megatron_dmc.checkpoint.pickle_bounds import Budget, check_key, check_size
 
 __all__ = ["Name", "OrderedMapping", "Record", "Refused", "checked_members", "describe"]
 

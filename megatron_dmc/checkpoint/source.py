@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.checkpoint.companions import FOLDER
+from megatron_dmc.checkpoint.guard import examine_location
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
@@ -99,6 +100,7 @@ class MegatronSource(Source):
         self.location = location
         self.directory = location.directory
         self.companions = location.directory / FOLDER
+        examine_location(location)
         self._weights: _TorchDistWeights | _LegacyWeights
         if location.format == LEGACY:
             self._weights = _LegacyWeights(LegacyCheckpoint(self.directory))

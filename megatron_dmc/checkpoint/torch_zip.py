@@ -17,6 +17,8 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
+from megatron_dmc.checkpoint.bounded import Refused
+
 Read = Callable[[int, int], bytes]
 """Reads ``length`` bytes at ``offset`` of the archive; ``ValueError`` where it ends before."""
 
@@ -94,7 +96,8 @@ def read_archive(read: Read, length: int, what: str) -> dict[str, Extent]:
     """Where each record of an archive of ``length`` bytes is, by its name without the root folder.
 
     Raises:
-        ValueError: not an archive of torch's writer; the message names what differs.
+        Refused: not an archive of torch's writer; the message names what differs.
+        ValueError: no archive at all, or a truncated one.
     """
     directory, directory_place, count = _end(read, length, what)
     records: dict[str, Extent] = {}
@@ -102,17 +105,17 @@ def read_archive(read: Read, length: int, what: str) -> dict[str, Extent]:
     for entry in _entries(directory, count, what):
         match = _NAME.fullmatch(entry.name)
         if match is None:
-            raise ValueError(f"{what} holds {entry.name!r:.100}, which torch.save does not write")
+            raise Refused(f"{what} holds {entry.name!r:.100}, which torch.save does not write")
         name = match["name"].decode()
         if name in records:
-            raise ValueError(f"{what} holds {name} twice")
+            raise Refused(f"{what} holds {name} twice")
         if entry.place != position:
             kind = "lies over another record" if entry.place < position else "does not follow the record before it"
-            raise ValueError(f"{what}: {name} starts at {entry.place}, {position} is expected: it {kind}")
+            raise Refused(f"{what}: {name} starts at {entry.place}, {position} is expected: it {kind}")
         records[name], position = _record(read, entry, f"{what}: {name}", directory_place)
         roots.add(match["root"])
     if position != directory_place or len(roots) > 1:
-        raise ValueError(
+        raise Refused(
             f"{what}: the records end at {position}, the zip directory starts at {directory_place}"
             if position != directory_place
             else f"{what} has {len(roots)} root folders, torch.save writes one"
@@ -133,12 +136,12 @@ def _end(read: Read, length: int, what: str) -> tuple[bytes, int, int]:
     narrow_count = min(count, _ENTRIES_NARROW)
     expected += _END.pack(b"PK\5\6", 0, 0, narrow_count, narrow_count, min(size, _NARROW), min(place, _NARROW), 0)
     if found != expected or place + size + _END_BYTES != length:
-        raise ValueError(
+        raise Refused(
             f"{what}: the end records of the zip contradict each other, or do not cover the file (a comment, bytes "
             "in front or behind, a second directory): torch.save does not write them so"
         )
     if size > DIRECTORY_BYTES_LIMIT:
-        raise ValueError(f"{what}: a zip directory of {size} bytes; {DIRECTORY_BYTES_LIMIT} are read at most")
+        raise Refused(f"{what}: a zip directory of {size} bytes; {DIRECTORY_BYTES_LIMIT} are read at most")
     return read(place, size), place, count
 
 
@@ -147,7 +150,7 @@ def _entries(directory: bytes, count: int, what: str) -> Iterator[_Entry]:
     for number in range(count):
         fixed = directory[position : position + _ENTRY.size]
         if len(fixed) < _ENTRY.size:
-            raise ValueError(f"{what}: the zip directory ends at entry {number} of {count}")
+            raise Refused(f"{what}: the zip directory ends at entry {number} of {count}")
         fields = _ENTRY.unpack(fixed)
         checksum, _, size, name_length, extra_length = fields[7:12]
         place = fields[16]
@@ -162,7 +165,7 @@ def _entries(directory: bytes, count: int, what: str) -> Iterator[_Entry]:
         position += len(expected)
         yield entry
     if position != len(directory):
-        raise ValueError(f"{what}: {len(directory) - position} bytes of the zip directory belong to no entry")
+        raise Refused(f"{what}: {len(directory) - position} bytes of the zip directory belong to no entry")
 
 
 def _widened(size: int, place: int, extra: bytes) -> tuple[int, int]:
@@ -186,9 +189,9 @@ def _record(read: Read, entry: _Entry, what: str, end: int) -> tuple[Extent, int
     offset = entry.place + len(expected)
     descriptor = entry.descriptor_bytes()
     if offset + entry.size + len(descriptor) > end:
-        raise ValueError(f"{what} has {entry.size} bytes at {offset}, the zip directory starts at {end}")
+        raise Refused(f"{what} has {entry.size} bytes at {offset}, the zip directory starts at {end}")
     if descriptor and read(offset + entry.size, len(descriptor)) != descriptor:
-        raise ValueError(f"{what}: the descriptor behind the data contradicts the zip directory")
+        raise Refused(f"{what}: the descriptor behind the data contradicts the zip directory")
     return Extent(offset, entry.size), offset + entry.size + len(descriptor)
 
 
@@ -203,4 +206,4 @@ def _refuse(
         first = differing[0]
         told = f"{fields[first]} {is_there[first]!r} instead of {should_be[first]!r}"
         told += ", compressed or encrypted" if fields[first] in ("compression_method", "flags") else ""
-    raise ValueError(f"{what}: the {part} of the zip differs from what torch.save writes: {told}")
+    raise Refused(f"{what}: the {part} of the zip differs from what torch.save writes: {told}")

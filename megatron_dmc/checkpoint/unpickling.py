@@ -64,7 +64,7 @@ def load(
 def _load(stream: BinaryIO, what: str, map_location: Any) -> Any:
     start = stream.tell()
     stream.seek(0, io.SEEK_END)
-    length = stream.tell() - start  # not what seek returns: torch's views of a part of a file return a place in the file
+    length = stream.tell() - start  # seek() of torch's views tells a place in the whole file
     archive = open_archive(Path(what), stream, start, length, what)
     check_nested(archive.describe(), what)
     storages = _Storages(archive, stream, map_location)
