@@ -17,6 +17,8 @@ from torch import Tensor
 
 from checkpoints_convert.forward import LOGITS, ForwardJob, run_forward
 from checkpoints_convert.sizes import forward_bytes, weight_bytes
+from megatron_dmc.checkpoint.bounded import Refused
+from megatron_dmc.checkpoint.guard import examine_location
 from megatron_dmc.checkpoint.locate import locate
 from megatron_dmc.checkpoint.manifest import manifest_problems
 from megatron_dmc.checkpoint.source import Source, open_source
@@ -94,14 +96,18 @@ def verify(
         max_memory: bytes the comparison may take; too few for the output layer: only the first layers are walked.
 
     Raises:
-        ValueError: a path is no checkpoint.
+        ValueError: a path is no checkpoint, or one that was made to harm.
         CheckFailed: they differ, one is damaged, or the comparison could not be made.
     """
     places = [locate(path) for path in (first, second)]
     try:
         for place in places:
+            examine_location(place)
+        for place in places:
             _check_manifest(place.directory)
         return compare(open_source(first), open_source(second), logits=logits, max_memory=max_memory)
+    except Refused:
+        raise
     except ValueError as error:
         raise CheckFailed(f"the comparison could not be made: {error}") from error
 

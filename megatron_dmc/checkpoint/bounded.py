@@ -54,10 +54,10 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """
     with open_regular(path) as stream:
         if os.fstat(stream.fileno()).st_size > limit:
-            raise ValueError(f"{path} is larger than the {limit} bytes that are allowed for it")
+            raise Refused(f"{path} is larger than the {limit} bytes that are allowed for it")
         data = stream.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"{path} is larger than the {limit} bytes that are allowed for it")
+        raise Refused(f"{path} is larger than the {limit} bytes that are allowed for it")
     return data
 
 

@@ -123,7 +123,10 @@ class _Walk:
         if not isinstance(arguments, tuple):
             raise ValueError(f"{function.name} is called with {_kind(arguments)} arguments")
         self.budget.charge(arguments)
-        self.stack.append(function.build(*arguments))
+        try:
+            self.stack.append(function.build(*arguments))
+        except TypeError:
+            raise Refused(f"it calls {function.name} with other arguments than a checkpoint holds") from None
 
     def set_state(self, state: Any) -> None:
         target = self.stack[-1]

@@ -96,8 +96,7 @@ def read_archive(read: Read, length: int, what: str) -> dict[str, Extent]:
     """Where each record of an archive of ``length`` bytes is, by its name without the root folder.
 
     Raises:
-        Refused: not an archive of torch's writer; the message names what differs.
-        ValueError: no archive at all, or a truncated one.
+        Refused: not an archive of torch's writer, or truncated; the message names what differs.
     """
     directory, directory_place, count = _end(read, length, what)
     records: dict[str, Extent] = {}
@@ -127,7 +126,7 @@ def _end(read: Read, length: int, what: str) -> tuple[bytes, int, int]:
     """The directory, its place, and the number of its entries."""
     found = read(length - _END_BYTES, _END_BYTES) if length >= _END_BYTES else b""
     if found[-_END.size :][:4] != b"PK\5\6" or found[:4] != b"PK\6\6":
-        raise ValueError(
+        raise Refused(
             f"{what} is not a file of torch.save (torch >= 1.6), or is truncated: it does not end as torch's zip does"
         )
     count, size, place = _END64.unpack(found[: _END64.size])[7:]

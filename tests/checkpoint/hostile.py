@@ -1,0 +1,454 @@
+"""Hostile checkpoints by kind, each made from an honest one; every command inside creates a marker file.
+
+A kind is a function of an honest iteration directory and the path of the marker.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import subprocess
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.checkpoint.archives import Record, archive_of, records_of, saved
+from tests.checkpoint.five_ways import COMMON_STATE, TRACKER, Touch, replace_object, two_archives
+
+Plant = Callable[[Path, Path], None]
+EXTRA_STATE = "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_4"
+WEIGHT = "decoder.final_layernorm.weight"
+
+
+class Call:
+    """Unpickled as Python does it, it calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.reduced = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+def _name(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def _text(text: str) -> bytes:
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+
+def _number(value: int) -> bytes:
+    return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
+
+
+def _call(module: str, name: str, *arguments: bytes) -> bytes:
+    return _name(module, name) + b"(" + b"".join(arguments) + b"tR"
+
+
+def _pickled(value: Any) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def _torch_loads(marker: Path) -> bytes:
+    return _call("torch.storage", "_load_from_bytes", _pickled(pickle.dumps(Touch(marker))))
+
+
+def _commands(marker: Path) -> dict[str, bytes]:
+    """Streams of opcodes that leave one value; the marker appears when a careless reader builds it."""
+    command, path = f"touch {marker}", str(marker)
+    code = f"open({path!r}, 'w')"
+    calls = {
+        "os.system": Call(os.system, command),
+        "eval": Call(eval, code),
+        "exec": Call(exec, code),
+        "open": Call(open, path, "w"),
+        "compile and exec": Call(exec, Call(compile, code, "x", "exec")),
+        "subprocess": Call(subprocess.check_output, ["touch", path]),
+        "mkdir": Call(os.mkdir, path),
+        "map": Call(list, Call(map, eval, [code])),
+        "nested pickle": Call(pickle.loads, pickle.dumps(Touch(marker))),
+        "path": Call(Path.touch, marker),
+    }
+    streams = {name: _pickled(call) for name, call in calls.items()}
+    shell, done = _name("posix", "system"), _text(command) + b"\x85R"
+    shell_by_name = _call("builtins", "getattr", _call("builtins", "__import__", _text("os")), _text("system"))
+    return streams | {
+        "getattr": shell_by_name + done,
+        "INST": b"(" + _text(command) + b"iposix\nsystem\n",
+        "OBJ": b"(" + _name("io", "FileIO") + _text(path) + _text("w") + b"o",
+        "NEWOBJ": _name("_io", "FileIO") + b"(" + _text(path) + _text("w") + b"t\x81",
+        "NEWOBJ_EX": _name("_io", "FileIO")
+        + b")}"
+        + _text("file")
+        + _text(path)
+        + b"s"
+        + _text("mode")
+        + _text("w")
+        + b"s\x92",
+        "dotted name": _text("torch") + _text("os.system") + b"\x93" + done,
+        "name of Python 2": _call("__builtin__", "eval", _text(code)),
+        "storage from bytes": _torch_loads(marker),
+        "module of a module": _name("torch.serialization", "os") + b"0" + shell + done,
+        "state of a class": _name("argparse", "Namespace")
+        + b"}"
+        + _text("x")
+        + shell
+        + b"sb"
+        + shell
+        + _text(command)
+        + b"\x85R0",
+        "popped": shell + done + b"0N",
+        "in a key": b"}" + shell + done + b"Ns",
+        "TorchScript": _call("torch.jit._pickle", "build_intlist", _pickled([1])),
+        "extension": b"\x82\x01",
+        "runpy": _call("runpy", "run_path", _text(path)),
+        "ctypes": _call("ctypes", "CDLL", _text(path)),
+        "import": _call("importlib", "import_module", _text("this")),
+        "partial": _call("functools", "partial", shell, _text(command)) + b")R",
+        "numpy file": _call("numpy", "fromfile", _text("/etc/hostname")),
+        "memory map": _call("numpy", "memmap", _text(path), _text("uint8"), _text("w+"), b"K\x00", _number(10)),
+        "text file of torch": _call("torch.serialization", "load", _text(path)),
+        "a generator": _call("torch._C", "Generator"),
+    }
+
+
+def _bombs() -> dict[str, bytes]:
+    """Streams that take memory or time instead."""
+    numpy_type = _call("numpy", "dtype", _text("f8"))
+    array = _call("numpy._core.multiarray", "_reconstruct", _name("numpy", "ndarray"), b"K\x00\x85", b"C\x01b")
+    encoded = _name("_codecs", "encode") + b"h\x01" + _text("latin1") + b"\x86R0"
+    colliding = (k * ((1 << 61) - 1) for k in range(5, 40))
+    twice = b"N" + b"\x85" + b"".join(b"q\x01h\x01\x86" for _ in range(90))
+    return {
+        "large array": _call("numpy", "ndarray", _number(1 << 40) + b"\x85"),
+        "large array by state": array + b"(K\x01" + _number(1 << 40) + b"\x85" + numpy_type + b"\x89C\x00tb",
+        "objects in an array": _call("numpy", "dtype", _text("O8")),
+        "array of text": _call("numpy", "dtype", _text("U1000000000")),
+        "slow key": b"}" + twice + b"Ns",
+        "repeated tuples": twice,
+        "deep tuples": b"N" + b"\x85" * 5000,
+        "itself": b"]q\x01h\x01a",
+        "far memo": b"Nr\xff\xff\xff\x7f",
+        "long number": b"\x8b" + (1 << 16).to_bytes(4, "little") + b"\x7f" * (1 << 16),
+        "copies": _text("x" * 50_000) + b"q\x01" + encoded * 100 + b"0N",
+        "large size": _call("torch", "Size", b"]" + b"(" + b"K\x01" * 3 + b"e", b"K\x01"),
+        "file position": _name("_io", "BytesIO") + b")\x81(C\x01x" + _number(1 << 50) + b"Ntb",
+        "parts of a path": _call("pathlib", "PosixPath", b"](" + _text("x") * 3 + b"e"),
+        "class by an enumeration": _call("signal", "Signals", _text("X"), _text("a b c")),
+        "keys that collide": b"}" + b"".join(b"\x8a\x10" + key.to_bytes(16, "little") + b"Ns" for key in colliding),
+        "an encoding": _call("_codecs", "encode", _text("x"), _text("rot13")),
+    }
+
+
+def _objects(stream: bytes) -> bytes:
+    """An archive whose pickle is [common state with the stream inside]."""
+    records = records_of(saved([{"args": Namespace(x=None)}]))
+    records[0].data = b"\x80\x04]}" + _text("x") + stream + b"sa."
+    return archive_of(records)
+
+
+def _in_common_state(stream: Callable[[Path], bytes]) -> Plant:
+    return lambda directory, marker: replace_object(directory, COMMON_STATE, _objects(stream(marker)))
+
+
+def _metadata_with(directory: Path, stream: bytes) -> None:
+    path = directory / ".metadata"
+    path.write_bytes(path.read_bytes()[:-1] + stream + b"0.")
+
+
+def _in_metadata(directory: Path, marker: Path) -> None:
+    _metadata_with(directory, _commands(marker)["os.system"])
+
+
+def _object(key: str, value: Callable[[Path], Any]) -> Plant:
+    return lambda directory, marker: replace_object(directory, key, saved(value(marker)))
+
+
+def _bytes_tensor(marker: Path) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(Touch(marker))), dtype=torch.uint8)
+
+
+def _stream_of(data: bytes) -> io.BytesIO:
+    return io.BytesIO(data)
+
+
+def _added_object(key: str) -> Plant:
+    """An object under a name that Megatron gives to what it keeps beside the weights."""
+
+    def plant(directory: Path, marker: Path) -> None:
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+        metadata = pickle.loads((directory / ".metadata").read_bytes())
+        stored = saved([{"x": Touch(marker)}])
+        (directory / "__8_0.distcp").write_bytes(stored)
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(key)] = _StorageInfo("__8_0.distcp", 0, len(stored))
+        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    return plant
+
+
+def _file(name: str, data: Callable[[Path], bytes] = lambda marker: pickle.dumps(Touch(marker))) -> Plant:
+    def plant(directory: Path, marker: Path) -> None:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data(marker))
+
+    return plant
+
+
+def _evil_archive(marker: Path) -> bytes:
+    return saved({"args": Namespace(), "x": Touch(marker)})
+
+
+def _honest(directory: Path) -> bytes:
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    info = next(info for index, info in metadata.storage_data.items() if index.fqn == COMMON_STATE)
+    return (directory / info.relative_path).read_bytes()[info.offset :][: info.length]
+
+
+def _archive(change: Callable[[list[Record], Path], dict[str, Any] | None]) -> Plant:
+    """The common state as an archive that deviates."""
+
+    def plant(directory: Path, marker: Path) -> None:
+        records = records_of(_honest(directory))
+        replace_object(directory, COMMON_STATE, archive_of(records, **(change(records, marker) or {})))
+
+    return plant
+
+
+def _evil_record(marker: Path, name: str = "archive/data.pkl") -> Record:
+    return Record(name, b"\x80\x02]" + _commands(marker)["os.system"] + b"a.")
+
+
+def _unlisted(marker: Path) -> Record:
+    record = _evil_record(marker, "archive/data/9")
+    record.listed = False
+    return record
+
+
+def _set(record: Record, **changes: Any) -> None:
+    for name, value in changes.items():
+        setattr(record, name, value)
+
+
+def _two_in_one(directory: Path, marker: Path) -> None:
+    replace_object(directory, COMMON_STATE, two_archives(_honest(directory), saved([Touch(marker)])))
+
+
+def _in_front(directory: Path, marker: Path) -> None:
+    replace_object(directory, COMMON_STATE, saved([Touch(marker)]) + _honest(directory))
+
+
+def _behind(directory: Path, marker: Path) -> None:
+    replace_object(directory, COMMON_STATE, _honest(directory) + saved([Touch(marker)]))
+
+
+def _old_format(directory: Path, marker: Path) -> None:
+    stream = io.BytesIO()
+    torch.save([Touch(marker)], stream, _use_new_zipfile_serialization=False)
+    replace_object(directory, COMMON_STATE, stream.getvalue())
+
+
+ARCHIVES: dict[str, Plant] = {
+    "two directories": _two_in_one,
+    "archive in front": _in_front,
+    "archive behind": _behind,
+    "old format of torch": _old_format,
+    "second data.pkl": _archive(lambda records, marker: records.append(_evil_record(marker))),
+    "first data.pkl": _archive(lambda records, marker: records.insert(0, _evil_record(marker))),
+    "data.pkl in capitals": _archive(lambda records, marker: records.append(_evil_record(marker, "archive/DATA.pkl"))),
+    "other root": _archive(lambda records, marker: records.insert(0, _evil_record(marker, "other/data.pkl"))),
+    "unlisted record": _archive(lambda records, marker: records.insert(1, _unlisted(marker))),
+    "hidden between": _archive(lambda records, marker: {"between": saved([Touch(marker)])}),
+    "comment": _archive(lambda records, marker: {"comment": saved([Touch(marker)])}),
+    "shifted": _archive(lambda records, marker: {"shift": -8}),
+    "compressed": _archive(lambda records, marker: _set(records[0], entry={10: ("H", 8)}, local={8: ("H", 8)})),
+    "other name in header": _archive(lambda records, marker: _set(records[0], local_name="archive/data.pkX")),
+    "other place": _archive(lambda records, marker: _set(records[1], entry={42: ("L", 0)})),
+    "zip64 field": _archive(lambda records, marker: _set(records[0], entry_extra=b"\1\0\x08\0" + bytes(8))),
+    "TorchScript": _archive(lambda records, marker: records.append(Record("archive/constants.pkl", b"\x80\x02)."))),
+}
+
+
+def _link_out(name: str) -> Plant:
+    def plant(directory: Path, marker: Path) -> None:
+        outside = marker.parent / "outside"
+        shutil.copyfile(directory / name, outside)
+        (directory / name).unlink()
+        (directory / name).symlink_to(outside)
+
+    return plant
+
+
+def _linked_folder(directory: Path, marker: Path) -> None:
+    outside = marker.parent / "outside_folder"
+    directory.rename(outside)
+    directory.symlink_to(outside)
+
+
+def _pipe(name: str) -> Plant:
+    def plant(directory: Path, marker: Path) -> None:
+        (directory / name).unlink(missing_ok=True)
+        os.mkfifo(directory / name)
+
+    return plant
+
+
+def _device(directory: Path, marker: Path) -> None:
+    (directory / ".metadata").unlink()
+    (directory / ".metadata").symlink_to("/dev/zero")
+
+
+def _tracker_pipe(directory: Path, marker: Path) -> None:
+    _pipe(TRACKER)(directory.parent, marker)
+
+
+def _tracker_link(directory: Path, marker: Path) -> None:
+    (directory.parent / TRACKER).unlink()
+    (directory.parent / TRACKER).symlink_to("/dev/zero")
+
+
+def _large_metadata(directory: Path, marker: Path) -> None:
+    with open(directory / ".metadata", "r+b") as stream:
+        stream.truncate(1 << 42)
+
+
+def _large_json(directory: Path, marker: Path) -> None:
+    with open(directory / "metadata.json", "r+b") as stream:
+        stream.truncate(1 << 40)
+
+
+def _loose(directory: Path, marker: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, directory.parent / path.name)
+    _in_metadata(directory, marker)
+
+
+def _loose_ranks(directory: Path, marker: Path) -> None:
+    _file("mp_rank_00/model_optim_rng.pt", _evil_archive)(directory.parent, marker)
+
+
+def _fallback(directory: Path, marker: Path) -> None:
+    (directory / "__0.metadata").write_bytes(pickle.dumps(Touch(marker)))
+    _metadata_with(directory, _call("torch.distributed.checkpoint.planner", "WriteItemType", b"K\x63"))
+
+
+def _escape(directory: Path, marker: Path) -> None:
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = "../../outside"
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _huge_tensor(directory: Path, marker: Path) -> None:
+    """A tensor of a terabyte over a storage of four bytes: stride 0."""
+    replace_object(directory, COMMON_STATE, saved([{"x": torch.zeros(1).expand(1 << 40)}]))
+
+
+FILES: dict[str, Plant] = {
+    "fallback metadata": _fallback,
+    "metadata of another rank": _file("__3.metadata"),
+    "unknown .pt": _file("more.pt", _evil_archive),
+    "unknown .pkl": _file("more.pkl"),
+    "unknown .bin": _file("pytorch_model.bin", _evil_archive),
+    "a library": _file("helpers.so"),
+    "a program": _file("modeling.py"),
+    "a state of modelopt": _file("modelopt_state/state.pt", _evil_archive),
+    "ranks beside torch_dist": _file("mp_rank_00/model_optim_rng.pt", _evil_archive),
+    "a hidden pickle": _file("hugging_face/.more/x.pkl"),
+    "loose files beside the tracker": _loose,
+    "loose ranks beside the tracker": _loose_ranks,
+    "link of .metadata": _link_out(".metadata"),
+    "link of metadata.json": _link_out("metadata.json"),
+    "link of data": _link_out("__0_0.distcp"),
+    "link of the folder": _linked_folder,
+    "pipe as .metadata": _pipe(".metadata"),
+    "pipe as metadata.json": _pipe("metadata.json"),
+    "pipe as data": _pipe("__0_0.distcp"),
+    "pipe as common.pt": _pipe("common.pt"),
+    "pipe as the manifest": _pipe("manifest.json"),
+    "pipe as the tracker": _tracker_pipe,
+    "a device as .metadata": _device,
+    "a device as the tracker": _tracker_link,
+    "a tebibyte of .metadata": _large_metadata,
+    "a tebibyte of metadata.json": _large_json,
+    "a path out of the folder": _escape,
+    "a tensor of a terabyte": _huge_tensor,
+}
+
+PLACES: dict[str, Plant] = {
+    "in .metadata": _in_metadata,
+    "in common.pt": _file("common.pt", _evil_archive),
+    "in saved arguments": _object(COMMON_STATE, lambda marker: [{"args": Namespace(x=Touch(marker))}]),
+    "in an extra state": _object(EXTRA_STATE, lambda marker: [Touch(marker)]),
+    "in the bytes of an extra state": _object(EXTRA_STATE, lambda marker: [_bytes_tensor(marker)]),
+    "in a file in an extra state": _object(EXTRA_STATE, lambda marker: [_stream_of(saved(Touch(marker)))]),
+    "in a pickle in an extra state": _object(EXTRA_STATE, lambda marker: [_stream_of(pickle.dumps(Touch(marker)))]),
+    "in a weight": _object(WEIGHT, Touch),
+    "beside a weight": _object(WEIGHT, lambda marker: [torch.zeros(32), Touch(marker)]),
+    "in the random state": _added_object("rng_state/shard_0.0_1.1"),
+    "in the rerun state": _added_object("rerun_state_machine_state/shard_0_1"),
+    "in the optimizer": _added_object("optimizer.state.exp_avg/shard_0_1"),
+}
+
+
+def kinds() -> dict[str, Plant]:
+    """Every kind for ``torch_dist``, by name."""
+    nowhere = Path("nowhere")
+    found = {f"command: {name}": _in_common_state(_stream(_commands, name)) for name in _commands(nowhere)}
+    found |= {f"bomb: {name}": _in_common_state(lambda _, stream=stream: stream) for name, stream in _bombs().items()}
+    parts = (("place", PLACES), ("archive", ARCHIVES), ("file", FILES))
+    return found | {f"{part}: {name}": plant for part, plants in parts for name, plant in plants.items()}
+
+
+def _stream(streams: Callable[[Path], dict[str, bytes]], name: str) -> Callable[[Path], bytes]:
+    return lambda marker: streams(marker)[name]
+
+
+def _rank(change: Callable[[Path, Path], None]) -> Plant:
+    return lambda directory, marker: change(directory / "mp_rank_00" / "model_optim_rng.pt", marker)
+
+
+def _rewrite(path: Path, marker: Path) -> None:
+    state = torch.load(path, weights_only=False)
+    torch.save({**state, "rng_state": [Touch(marker)]}, path)
+
+
+def _legacy_two(path: Path, marker: Path) -> None:
+    path.write_bytes(two_archives(path.read_bytes(), saved({"model": Touch(marker)})))
+
+
+def _legacy_link(path: Path, marker: Path) -> None:
+    shutil.copyfile(path, marker.parent / "outside")
+    path.unlink()
+    path.symlink_to(marker.parent / "outside")
+
+
+def _legacy_pipe(path: Path, marker: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _legacy_old(path: Path, marker: Path) -> None:
+    torch.save(Touch(marker), path, _use_new_zipfile_serialization=False)
+
+
+def legacy_kinds() -> dict[str, Plant]:
+    """Every kind for the legacy layout, a whole folder of one rank."""
+    return {
+        "in the state": _rank(_rewrite),
+        "two directories": _rank(_legacy_two),
+        "old format of torch": _rank(_legacy_old),
+        "a plain pickle": _rank(lambda path, marker: path.write_bytes(pickle.dumps(Touch(marker)))),
+        "link": _rank(_legacy_link),
+        "pipe": _rank(_legacy_pipe),
+        "in the optimizer": _file("mp_rank_00/distrib_optim.pt", _evil_archive),
+        "a device": _rank(lambda path, marker: (path.unlink(), path.symlink_to("/dev/zero"))),
+    }
