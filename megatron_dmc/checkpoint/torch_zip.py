@@ -49,6 +49,16 @@ _NAME = re.compile(
     rb"|\.data/serialization_id|data/[0-9]+)"
 )
 
+_CONTENTS = {
+    "version": re.compile(rb"[0-9]{1,2}\n"),
+    "byteorder": re.compile(rb"little|big"),
+    ".format_version": re.compile(rb"[0-9]{1,4}"),
+    ".storage_alignment": re.compile(rb"[0-9]{1,8}"),
+    ".data/serialization_id": re.compile(rb"[0-9]{1,64}"),
+}
+"""What the small records hold; torch cannot open an archive without a version."""
+_CONTENT_BYTES_LIMIT = 64
+
 
 class Extent(NamedTuple):
     """Where the data of a record is."""
@@ -99,6 +109,17 @@ def read_archive(read: Read, length: int, what: str) -> dict[str, Extent]:
         Refused: not an archive of torch's writer, or truncated; the message names what differs.
     """
     directory, directory_place, count = _end(read, length, what)
+    records = _records(read, directory, directory_place, count, what)
+    if not records.keys() >= {"data.pkl", "version"}:
+        raise Refused(f"{what} lacks data.pkl or version: torch.save writes a pickle and the version of its format")
+    for name, content in _CONTENTS.items():
+        offset, size = records.get(name, (0, -1))
+        if size > _CONTENT_BYTES_LIMIT or (size >= 0 and not content.fullmatch(read(offset, size))):
+            raise Refused(f"{what}: {name} does not hold what torch.save writes there")
+    return records
+
+
+def _records(read: Read, directory: bytes, directory_place: int, count: int, what: str) -> dict[str, Extent]:
     records: dict[str, Extent] = {}
     roots, position = set(), 0
     for entry in _entries(directory, count, what):

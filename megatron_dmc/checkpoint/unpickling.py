@@ -30,6 +30,9 @@ _NAMES_BY_OTHER_RELEASES = {
     "numpy.core.": "numpy._core.",
 }
 
+# What the classes of another release say to a state that is none of theirs.
+_DOES_NOT_FIT = (pickle.UnpicklingError, ImportError, AttributeError, TypeError, ValueError, LookupError, EOFError)
+
 
 def unpickle(data: bytes, what: str) -> Any:
     """The object in a pickle of torch or Megatron, such as ``.metadata``.
@@ -96,8 +99,8 @@ class _Storages:
 def _build(data: bytes, what: str, functions: Mapping[str, Any], load_persistent: Callable[[Any], Any] | None) -> Any:
     try:
         return _Unpickler(data, functions, load_persistent).load()
-    except (pickle.UnpicklingError, ImportError, AttributeError, TypeError, LookupError, EOFError) as error:
-        raise ValueError(f"{what} does not fit this release of torch or Megatron: {error}") from error
+    except _DOES_NOT_FIT as error:
+        raise ValueError(f"{what} does not fit this release of torch or Megatron: {error!s:.200}") from error
 
 
 class _Unpickler(pickle.Unpickler):

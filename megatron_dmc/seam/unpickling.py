@@ -105,7 +105,8 @@ def _route_torch_load(builders: Builders) -> None:
 
 def _route_metadata(builders: Builders) -> None:
     """``.metadata``, and the files that the distributed reader opens beside it."""
-    module, reader = symbol("torch.distributed.checkpoint.filesystem", "FileSystemReader")
+    module: Any = importlib.import_module("torch.distributed.checkpoint.filesystem")
+    reader = _original(module, "FileSystemReader")
     if not {"pickle", "load"} <= set(_original(reader, "read_metadata").__code__.co_names):
         raise ImportError("torch.distributed.checkpoint reads .metadata in a new way: install a tested torch")
     module.pickle = _checked_pickle(builders)

@@ -122,9 +122,9 @@ def _bombs() -> dict[str, bytes]:
     """Streams that take memory or time instead."""
     numpy_type = _call("numpy", "dtype", _text("f8"))
     array = _call("numpy._core.multiarray", "_reconstruct", _name("numpy", "ndarray"), b"K\x00\x85", b"C\x01b")
-    encoded = _name("_codecs", "encode") + b"h\x01" + _text("latin1") + b"\x86R0"
+    encoded = _name("_codecs", "encode") + b"h\x00" + _text("latin1") + b"\x86R0"
     colliding = (k * ((1 << 61) - 1) for k in range(5, 40))
-    twice = b"N" + b"\x85" + b"".join(b"q\x01h\x01\x86" for _ in range(90))
+    twice = b"N" + b"\x85" + b"".join(b"q\x00h\x00\x86" for _ in range(90))
     return {
         "large array": _call("numpy", "ndarray", _number(1 << 40) + b"\x85"),
         "large array by state": array + b"(K\x01" + _number(1 << 40) + b"\x85" + numpy_type + b"\x89C\x00tb",
@@ -133,7 +133,7 @@ def _bombs() -> dict[str, bytes]:
         "slow key": b"}" + twice + b"Ns",
         "repeated tuples": twice,
         "deep tuples": b"N" + b"\x85" * 5000,
-        "itself": b"]q\x01h\x01a",
+        "itself": b"]q\x00h\x00a",
         "far memo": b"Nr\xff\xff\xff\x7f",
         "long number": b"\x8b" + (1 << 16).to_bytes(4, "little") + b"\x7f" * (1 << 16),
         "copies": _text("x" * 50_000) + b"q\x01" + encoded * 100 + b"0N",

@@ -2,15 +2,19 @@
 
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from megatron_dmc import cli
+from tests.checkpoint.five_ways import WAYS
 from tests.checkpoint.hostile import kinds, legacy_kinds
 from tests.checkpoint.victim import FLAGS
 
+ROOT = Path(__file__).parents[2]
 SECONDS = 20
 MEMORY_GROWTH = 1 << 28
 
@@ -109,3 +113,25 @@ def test_the_honest_ones_pass(honest, tmp_path, capsys):
     for layout in ("torch_dist", "legacy"):
         assert cli.main(["convert", "inspect", str(honest / layout)]) == 0
         assert cli.main(["convert", "export", str(honest / layout), str(tmp_path / layout), "--no-verify"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_way_that_was_open_is_closed(honest, tmp_path, way):
+    """In a process of its own, up to the point where Megatron would load."""
+    root, marker = tmp_path / "checkpoint", tmp_path / "marker"
+    shutil.copytree(honest / "torch_dist", root)
+    flags = WAYS[way](root, marker)
+    argv = [sys.executable, "-m", "tests.checkpoint.victim", str(root), str(tmp_path / "save"), *flags]
+    finished = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert finished.returncode == 1, finished.stderr[-2000:]
+    assert "megatron-dmc: " in finished.stderr
+    assert not marker.exists()
+
+
+@pytest.mark.slow
+def test_without_a_plant_the_same_run_ends_well(honest, tmp_path):
+    shutil.copytree(honest / "torch_dist", tmp_path / "checkpoint")
+    argv = [sys.executable, "-m", "tests.checkpoint.victim", str(tmp_path / "checkpoint"), str(tmp_path / "save")]
+    finished = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr[-2000:]
