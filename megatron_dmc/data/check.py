@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tokenize import TokenError
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,6 +26,9 @@ from megatron_dmc.support.findings import Finding
 
 TOKENS_AT_ONCE = 1 << 24
 PREPARE_AGAIN = "prepare the data again"
+# What NumPy says of a header that is not its own.
+_NO_HEADER = (ValueError, KeyError, TypeError, SyntaxError, TokenError, MemoryError, RecursionError)
+_REMEDY = "delete it, Megatron builds it again"
 PROBE = (
     "Once upon a time, in 1923, 3.14 x 10^-5 = 0.0000314.",
     "def f(x):\n    return [x + 1 for _ in range(10)]\n\n\tif x:\r\n",
@@ -132,27 +137,31 @@ def check_index(path: Path) -> None:
 
     Reads the header alone, without pickle; anything but a regular file is not opened.
     """
-    remedy = "delete it, Megatron builds it again"
+    with open_regular(path) as stream:
+        try:
+            shape, dtype = _array_header(stream)
+        except _NO_HEADER as error:
+            raise ValueError(f"{path} is not a NumPy array: {error!s:.200}; {_REMEDY}") from error
+        if dtype.kind not in "iu" or min(shape, default=0) < 0:
+            raise ValueError(f"{path} holds {dtype!s:.100} of shape {shape!s:.100}, an index holds integers; {_REMEDY}")
+        expected, size = stream.tell() + math.prod(shape) * dtype.itemsize, os.fstat(stream.fileno()).st_size
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes, its header asks for {expected}; {_REMEDY}")
+
+
+def _array_header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and element type of a file of ``numpy.save``."""
     readers: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype]]] = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
-    with open_regular(path) as stream:
-        try:
-            shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
-        except (ValueError, KeyError, SyntaxError, MemoryError, RecursionError) as error:
-            raise ValueError(f"{path} is not a NumPy array: {error!s:.200}; {remedy}") from error
-        if dtype.kind not in "iu" or dtype.fields is not None:
-            raise ValueError(f"{path} holds {dtype!s:.100}, an index holds integers; {remedy}")
-        expected, size = stream.tell() + math.prod(shape) * dtype.itemsize, os.fstat(stream.fileno()).st_size
-    if size != expected or min(shape, default=0) < 0:
-        raise ValueError(f"{path} has {size} bytes, its header asks for {expected}; {remedy}")
+    shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    return shape, dtype
 
 
 def _index(path: Path) -> Finding:
     try:
         check_index(path)
     except ValueError as error:
-        detail, _, remedy = str(error).rpartition("; ")
-        return Finding(str(path), "failed", detail or str(error), remedy if detail else "delete it")
-    return Finding(str(path), "ok", "an array of integers")
+        return Finding(str(path), "failed", str(error).removesuffix(f"; {_REMEDY}"), _REMEDY)
+    return Finding(str(path), "ok", "a whole array of integers")
