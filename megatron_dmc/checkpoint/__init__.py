@@ -2,7 +2,8 @@
 
 ``pickles`` describes a pickle without importing anything; ``torch_file``, ``torch_dist`` and ``legacy`` read what
 torch and Megatron write through it, ``safetensors_file`` reads safetensors. ``guard`` checks a checkpoint before
-Megatron opens it, ``settings`` tells what model it holds, ``manifest`` whether it is whole.
+Megatron opens it, ``unpickling`` builds objects for Megatron from bytes that were described, ``settings`` tells what
+model a checkpoint holds, ``manifest`` whether it is whole.
 """
 
 from megatron_dmc.checkpoint.guard import check_checkpoint

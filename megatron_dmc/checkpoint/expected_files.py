@@ -40,13 +40,14 @@ def check_files(location: Location) -> list[str]:
     if location.format == HUGGING_FACE:
         return _check_model_directory(location.directory)
     known = re.compile(_KNOWN[location.format])
+    # Beside the ranks of a published release lie the files of its repository; no loader looks there.
+    is_repository = location.format == LEGACY and location.directory == location.root
     unknown = []
     for path in _walk(location.directory, home):
         name = path.relative_to(location.directory).as_posix()
         if known.fullmatch(name):
             continue
-        # Beside the ranks of a published release lie the files of its repository; no loader looks there.
-        if not _INERT.fullmatch(name) and location.directory != location.root:
+        if not _INERT.fullmatch(name) and not is_repository:
             raise Refused(
                 f"{path} belongs to no {location.format} checkpoint, and a loader could open it: move it elsewhere"
             )

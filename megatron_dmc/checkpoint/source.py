@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.checkpoint.companions import FOLDER
+from megatron_dmc.checkpoint.expected_files import check_files
 from megatron_dmc.checkpoint.guard import examine_location
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
@@ -69,7 +70,10 @@ def open_source(path: Path | str) -> HuggingFaceSource | MegatronSource:
         ValueError: no checkpoint, a damaged or hostile one, another model than a Llama, missing or unknown tensors.
     """
     location = locate(path)
-    return HuggingFaceSource(location.directory) if location.format == HUGGING_FACE else MegatronSource(location)
+    if location.format != HUGGING_FACE:
+        return MegatronSource(location)
+    check_files(location)
+    return HuggingFaceSource(location.directory)
 
 
 class HuggingFaceSource(Source):
