@@ -8,8 +8,10 @@ error that shows it, and so are arguments or a state that the table does not for
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_dmc.checkpoint.bounded import Refused
@@ -46,20 +48,37 @@ def describe(
     """
     walk = _Walk(names, load_persistent, Budget(len(data)))
     try:
-        for opcode, argument, position in pickletools.genops(data):
-            try:
-                if opcode.name == "STOP":
-                    if position != len(data) - 1:
-                        raise Refused("bytes are left over behind its end")
-                    return walk.finish(data)
-                walk.step(opcode.name, argument)
-            except Refused as refusal:
-                raise Refused(f"{what} is refused: {refusal} (byte {position})") from None
+        with _without_collections():
+            return _walked(walk, data, what)
     except Refused:
         raise
     except _DAMAGE as error:
         raise ValueError(f"{what} is damaged: not a pickle that torch or Megatron wrote ({error!s:.200})") from error
-    raise ValueError(f"{what} is damaged: the pickle has no end")
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Python's garbage collector would look through all values again and again while they are built."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _walked(walk: _Walk, data: bytes, what: str) -> Any:
+    for opcode, argument, position in pickletools.genops(data):
+        try:
+            if opcode.name == "STOP":
+                if position != len(data) - 1:
+                    raise Refused("bytes are left over behind its end")
+                return walk.finish(data)
+            walk.step(opcode.name, argument)
+        except Refused as refusal:
+            raise Refused(f"{what} is refused: {refusal} (byte {position})") from None
+    raise ValueError("the pickle has no end")
 
 
 class _Walk:
