@@ -6,6 +6,9 @@ A few hundred bytes can describe a value whose hash, comparison or printed form 
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_dmc.checkpoint.bounded import Refused
@@ -85,3 +88,15 @@ def _children(value: Any) -> list[Any] | None:
         return list(value)
     parts = getattr(value, "parts", None)
     return None if parts is None else list(parts)
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Python's garbage collector would look through all values again and again while they are built."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -8,15 +8,13 @@ error that shows it, and so are arguments or a state that the table does not for
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import pickletools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_dmc.checkpoint.bounded import Refused
 from megatron_dmc.checkpoint.described import Name, OrderedMapping, Record
-from megatron_dmc.checkpoint.pickle_bounds import Budget, check_key, check_size
+from megatron_dmc.checkpoint.pickle_bounds import Budget, check_key, check_size, without_collections
 
 __all__ = ["Name", "OrderedMapping", "Record", "Refused", "checked_members", "describe"]
 
@@ -46,26 +44,14 @@ def describe(
         ValueError: an import that is not in ``names`` (the message shows it), another use of a global than calling
             it once, an opcode that no pickler writes, values beyond all bounds, or a damaged stream.
     """
-    walk = _Walk(names, load_persistent, Budget(len(data)))
+    walk = _Walk(names, load_persistent, len(data))
     try:
-        with _without_collections():
+        with without_collections():
             return _walked(walk, data, what)
     except Refused:
         raise
     except _DAMAGE as error:
         raise ValueError(f"{what} is damaged: not a pickle that torch or Megatron wrote ({error!s:.200})") from error
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Python's garbage collector would look through all values again and again while they are built."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _walked(walk: _Walk, data: bytes, what: str) -> Any:
@@ -88,11 +74,12 @@ class _Walk:
         self,
         names: Mapping[str, Callable[..., Any] | None],
         load_persistent: Callable[[Any], Any] | None,
-        budget: Budget,
+        length: int,
     ) -> None:
         self.names = names
         self.load_persistent = load_persistent
-        self.budget = budget
+        self.length = length
+        self.budget = Budget(length)
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -117,8 +104,6 @@ class _Walk:
         return value
 
     def step(self, opcode: str, argument: Any) -> None:
-        if opcode in _IGNORED:
-            return
         if opcode in _PUSH_ARGUMENT:
             if type(argument) is int and argument.bit_length() > 8 * _INTEGER_BYTES_LIMIT:
                 raise Refused("a number of more digits than any checkpoint holds")
@@ -200,7 +185,6 @@ def _kind(value: Any) -> str:
     return value.kind if isinstance(value, Record) else f"a {type(value).__name__}"
 
 
-_IGNORED = frozenset({"FRAME"})
 _PUSH_ARGUMENT = frozenset(
     "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 "  # noqa: SIM905
     "BINBYTES SHORT_BINBYTES BINBYTES8".split()
@@ -220,6 +204,11 @@ _PUSH_NEW: dict[str, Callable[[], Any]] = {
 def _check_protocol(_: _Walk, number: int) -> None:
     if number > _PROTOCOL_LIMIT:
         raise Refused(f"it is of protocol {number}, {_PROTOCOL_LIMIT} is the last one known")
+
+
+def _check_frame(walk: _Walk, length: int) -> None:
+    if length > walk.length:
+        raise Refused("a part of it is longer than the whole")
 
 
 def _tuple_of(count: int) -> Callable[[_Walk, Any], None]:
@@ -271,6 +260,7 @@ def _memoize(walk: _Walk, index: int | None) -> None:
 
 _ACTIONS: dict[str, Callable[[_Walk, Any], None]] = {
     "PROTO": _check_protocol,
+    "FRAME": _check_frame,
     "GLOBAL": lambda walk, names: walk.mention(*names.split(" ", 1)),
     "STACK_GLOBAL": _stack_global,
     "REDUCE": _reduce,

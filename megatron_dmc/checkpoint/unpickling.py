@@ -31,7 +31,10 @@ _NAMES_BY_OTHER_RELEASES = {
 }
 
 # What the classes of another release say to a state that is none of theirs.
-_DOES_NOT_FIT = (pickle.UnpicklingError, ImportError, AttributeError, TypeError, ValueError, LookupError, EOFError)
+_DOES_NOT_FIT = (
+    *(pickle.UnpicklingError, ImportError, AttributeError, TypeError, ValueError),
+    *(LookupError, EOFError, ArithmeticError, RuntimeError),
+)
 
 
 def unpickle(data: bytes, what: str) -> Any:

@@ -9,7 +9,6 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -19,137 +18,17 @@ import torch
 
 from tests.checkpoint.archives import Record, archive_of, records_of, saved
 from tests.checkpoint.five_ways import COMMON_STATE, TRACKER, Touch, replace_object, two_archives
+from tests.checkpoint.hostile_streams import bombs, call_of, commands, text_of
 
 Plant = Callable[[Path, Path], None]
 EXTRA_STATE = "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_4"
 WEIGHT = "decoder.final_layernorm.weight"
 
 
-class Call:
-    """Unpickled as Python does it, it calls a function."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.reduced = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.reduced
-
-
-def _name(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def _text(text: str) -> bytes:
-    return b"X" + len(text).to_bytes(4, "little") + text.encode()
-
-
-def _number(value: int) -> bytes:
-    return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
-
-
-def _call(module: str, name: str, *arguments: bytes) -> bytes:
-    return _name(module, name) + b"(" + b"".join(arguments) + b"tR"
-
-
-def _pickled(value: Any) -> bytes:
-    return pickle.dumps(value, 2)[2:-1]
-
-
-def _torch_loads(marker: Path) -> bytes:
-    return _call("torch.storage", "_load_from_bytes", _pickled(pickle.dumps(Touch(marker))))
-
-
-def _commands(marker: Path) -> dict[str, bytes]:
-    """Streams of opcodes that leave one value; the marker appears when a careless reader builds it."""
-    command, path = f"touch {marker}", str(marker)
-    code = f"open({path!r}, 'w')"
-    calls = {
-        "os.system": Call(os.system, command),
-        "eval": Call(eval, code),
-        "exec": Call(exec, code),
-        "open": Call(open, path, "w"),
-        "compile and exec": Call(exec, Call(compile, code, "x", "exec")),
-        "subprocess": Call(subprocess.check_output, ["touch", path]),
-        "mkdir": Call(os.mkdir, path),
-        "map": Call(list, Call(map, eval, [code])),
-        "nested pickle": Call(pickle.loads, pickle.dumps(Touch(marker))),
-        "path": Call(Path.touch, marker),
-    }
-    streams = {name: _pickled(call) for name, call in calls.items()}
-    shell, done = _name("posix", "system"), _text(command) + b"\x85R"
-    shell_by_name = _call("builtins", "getattr", _call("builtins", "__import__", _text("os")), _text("system"))
-    return streams | {
-        "getattr": shell_by_name + done,
-        "INST": b"(" + _text(command) + b"iposix\nsystem\n",
-        "OBJ": b"(" + _name("io", "FileIO") + _text(path) + _text("w") + b"o",
-        "NEWOBJ": _name("_io", "FileIO") + b"(" + _text(path) + _text("w") + b"t\x81",
-        "NEWOBJ_EX": _name("_io", "FileIO")
-        + b")}"
-        + _text("file")
-        + _text(path)
-        + b"s"
-        + _text("mode")
-        + _text("w")
-        + b"s\x92",
-        "dotted name": _text("torch") + _text("os.system") + b"\x93" + done,
-        "name of Python 2": _call("__builtin__", "eval", _text(code)),
-        "storage from bytes": _torch_loads(marker),
-        "module of a module": _name("torch.serialization", "os") + b"0" + shell + done,
-        "state of a class": _name("argparse", "Namespace")
-        + b"}"
-        + _text("x")
-        + shell
-        + b"sb"
-        + shell
-        + _text(command)
-        + b"\x85R0",
-        "popped": shell + done + b"0N",
-        "in a key": b"}" + shell + done + b"Ns",
-        "TorchScript": _call("torch.jit._pickle", "build_intlist", _pickled([1])),
-        "extension": b"\x82\x01",
-        "runpy": _call("runpy", "run_path", _text(path)),
-        "ctypes": _call("ctypes", "CDLL", _text(path)),
-        "import": _call("importlib", "import_module", _text("this")),
-        "partial": _call("functools", "partial", shell, _text(command)) + b")R",
-        "numpy file": _call("numpy", "fromfile", _text("/etc/hostname")),
-        "memory map": _call("numpy", "memmap", _text(path), _text("uint8"), _text("w+"), b"K\x00", _number(10)),
-        "text file of torch": _call("torch.serialization", "load", _text(path)),
-        "a generator": _call("torch._C", "Generator"),
-    }
-
-
-def _bombs() -> dict[str, bytes]:
-    """Streams that take memory or time instead."""
-    numpy_type = _call("numpy", "dtype", _text("f8"))
-    array = _call("numpy._core.multiarray", "_reconstruct", _name("numpy", "ndarray"), b"K\x00\x85", b"C\x01b")
-    encoded = _name("_codecs", "encode") + b"h\x00" + _text("latin1") + b"\x86R0"
-    colliding = (k * ((1 << 61) - 1) for k in range(5, 40))
-    twice = b"N" + b"\x85" + b"".join(b"q\x00h\x00\x86" for _ in range(90))
-    return {
-        "large array": _call("numpy", "ndarray", _number(1 << 40) + b"\x85"),
-        "large array by state": array + b"(K\x01" + _number(1 << 40) + b"\x85" + numpy_type + b"\x89C\x00tb",
-        "objects in an array": _call("numpy", "dtype", _text("O8")),
-        "array of text": _call("numpy", "dtype", _text("U1000000000")),
-        "slow key": b"}" + twice + b"Ns",
-        "repeated tuples": twice,
-        "deep tuples": b"N" + b"\x85" * 5000,
-        "itself": b"]q\x00h\x00a",
-        "far memo": b"Nr\xff\xff\xff\x7f",
-        "long number": b"\x8b" + (1 << 16).to_bytes(4, "little") + b"\x7f" * (1 << 16),
-        "copies": _text("x" * 50_000) + b"q\x01" + encoded * 100 + b"0N",
-        "large size": _call("torch", "Size", b"]" + b"(" + b"K\x01" * 3 + b"e", b"K\x01"),
-        "file position": _name("_io", "BytesIO") + b")\x81(C\x01x" + _number(1 << 50) + b"Ntb",
-        "parts of a path": _call("pathlib", "PosixPath", b"](" + _text("x") * 3 + b"e"),
-        "class by an enumeration": _call("signal", "Signals", _text("X"), _text("a b c")),
-        "keys that collide": b"}" + b"".join(b"\x8a\x10" + key.to_bytes(16, "little") + b"Ns" for key in colliding),
-        "an encoding": _call("_codecs", "encode", _text("x"), _text("rot13")),
-    }
-
-
 def _objects(stream: bytes) -> bytes:
     """An archive whose pickle is [common state with the stream inside]."""
     records = records_of(saved([{"args": Namespace(x=None)}]))
-    records[0].data = b"\x80\x04]}" + _text("x") + stream + b"sa."
+    records[0].data = b"\x80\x04]}" + text_of("x") + stream + b"sa."
     return archive_of(records)
 
 
@@ -163,7 +42,7 @@ def _metadata_with(directory: Path, stream: bytes) -> None:
 
 
 def _in_metadata(directory: Path, marker: Path) -> None:
-    _metadata_with(directory, _commands(marker)["os.system"])
+    _metadata_with(directory, commands(marker)["os.system"])
 
 
 def _object(key: str, value: Callable[[Path], Any]) -> Plant:
@@ -224,7 +103,7 @@ def _archive(change: Callable[[list[Record], Path], dict[str, Any] | None]) -> P
 
 
 def _evil_record(marker: Path, name: str = "archive/data.pkl") -> Record:
-    return Record(name, b"\x80\x02]" + _commands(marker)["os.system"] + b"a.")
+    return Record(name, b"\x80\x02]" + commands(marker)["os.system"] + b"a.")
 
 
 def _unlisted(marker: Path) -> Record:
@@ -338,7 +217,7 @@ def _loose_ranks(directory: Path, marker: Path) -> None:
 
 def _fallback(directory: Path, marker: Path) -> None:
     (directory / "__0.metadata").write_bytes(pickle.dumps(Touch(marker)))
-    _metadata_with(directory, _call("torch.distributed.checkpoint.planner", "WriteItemType", b"K\x63"))
+    _metadata_with(directory, call_of("torch.distributed.checkpoint.planner", "WriteItemType", b"K\x63"))
 
 
 def _escape(directory: Path, marker: Path) -> None:
@@ -402,8 +281,8 @@ PLACES: dict[str, Plant] = {
 def kinds() -> dict[str, Plant]:
     """Every kind for ``torch_dist``, by name."""
     nowhere = Path("nowhere")
-    found = {f"command: {name}": _in_common_state(_stream(_commands, name)) for name in _commands(nowhere)}
-    found |= {f"bomb: {name}": _in_common_state(lambda _, stream=stream: stream) for name, stream in _bombs().items()}
+    found = {f"command: {name}": _in_common_state(_stream(commands, name)) for name in commands(nowhere)}
+    found |= {f"bomb: {name}": _in_common_state(lambda _, stream=stream: stream) for name, stream in bombs().items()}
     parts = (("place", PLACES), ("archive", ARCHIVES), ("file", FILES))
     return found | {f"{part}: {name}": plant for part, plants in parts for name, plant in plants.items()}
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_dmc.checkpoint.unpickling import load, named, unpickle
 from tests.checkpoint.archives import archive_of, records_of, saved
-from tests.checkpoint.hostile import _bombs, _commands
+from tests.checkpoint.hostile_streams import bombs, commands
 
 STATE = {
     "args": argparse.Namespace(a=1, dtype=torch.bfloat16, path=Path("/x"), size=torch.Size([2, 3])),
@@ -80,8 +80,8 @@ def test_metadata_of_other_releases_is_built(version):
     assert {info.relative_path for info in metadata.storage_data.values()} == {"__0_0.distcp"}
 
 
-STREAMS = {name: lambda marker, name=name: _commands(marker)[name] for name in _commands(Path("x"))}
-STREAMS |= {name: lambda _, stream=stream: stream for name, stream in _bombs().items()}
+STREAMS = {name: lambda marker, name=name: commands(marker)[name] for name in commands(Path("x"))}
+STREAMS |= {name: lambda _, stream=stream: stream for name, stream in bombs().items()}
 
 
 @pytest.mark.parametrize("name", STREAMS)
