@@ -34,8 +34,7 @@ def check_files(location: Location) -> list[str]:
         Refused: a link that leads out of the checkpoint, a pipe or a device, or an unknown file that a loader of
             torch or Megatron could open.
     """
-    home = location.root.resolve()
-    if not location.directory.resolve().is_relative_to(home):
+    if not location.directory.resolve().is_relative_to(location.root.resolve()):
         raise Refused(f"{location.directory} is a link that leads out of {location.root}: copy it to its place")
     if location.format == HUGGING_FACE:
         return _check_model_directory(location.directory)
@@ -43,7 +42,7 @@ def check_files(location: Location) -> list[str]:
     # Beside the ranks of a published release lie the files of its repository; no loader looks there.
     is_repository = location.format == LEGACY and location.directory == location.root
     unknown = []
-    for path in _walk(location.directory, home):
+    for path in _walk(location.directory):
         name = path.relative_to(location.directory).as_posix()
         if known.fullmatch(name):
             continue
@@ -72,8 +71,9 @@ def _check_kind(path: Path) -> int:
     return mode
 
 
-def _walk(directory: Path, home: Path) -> Iterator[Path]:
-    """Every regular file below ``directory``; links may lead to files below ``home``."""
+def _walk(directory: Path) -> Iterator[Path]:
+    """Every regular file below ``directory``; links may lead to other files there."""
+    home = directory.resolve()
     pending, count = [directory], 0
     while pending:
         for entry in os.scandir(pending.pop()):

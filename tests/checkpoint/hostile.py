@@ -74,7 +74,7 @@ def _added_object(key: str) -> Plant:
     return plant
 
 
-def _file(name: str, data: Callable[[Path], bytes] = lambda marker: pickle.dumps(Touch(marker))) -> Plant:
+def file_of(name: str, data: Callable[[Path], bytes] = lambda marker: pickle.dumps(Touch(marker))) -> Plant:
     def plant(directory: Path, marker: Path) -> None:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(data(marker))
@@ -82,7 +82,7 @@ def _file(name: str, data: Callable[[Path], bytes] = lambda marker: pickle.dumps
     return plant
 
 
-def _evil_archive(marker: Path) -> bytes:
+def evil_archive(marker: Path) -> bytes:
     return saved({"args": Namespace(), "x": Touch(marker)})
 
 
@@ -212,7 +212,7 @@ def _loose(directory: Path, marker: Path) -> None:
 
 
 def _loose_ranks(directory: Path, marker: Path) -> None:
-    _file("mp_rank_00/model_optim_rng.pt", _evil_archive)(directory.parent, marker)
+    file_of("mp_rank_00/model_optim_rng.pt", evil_archive)(directory.parent, marker)
 
 
 def _fallback(directory: Path, marker: Path) -> None:
@@ -233,15 +233,15 @@ def _huge_tensor(directory: Path, marker: Path) -> None:
 
 FILES: dict[str, Plant] = {
     "fallback metadata": _fallback,
-    "metadata of another rank": _file("__3.metadata"),
-    "unknown .pt": _file("more.pt", _evil_archive),
-    "unknown .pkl": _file("more.pkl"),
-    "unknown .bin": _file("pytorch_model.bin", _evil_archive),
-    "a library": _file("helpers.so"),
-    "a program": _file("modeling.py"),
-    "a state of modelopt": _file("modelopt_state/state.pt", _evil_archive),
-    "ranks beside torch_dist": _file("mp_rank_00/model_optim_rng.pt", _evil_archive),
-    "a hidden pickle": _file("hugging_face/.more/x.pkl"),
+    "metadata of another rank": file_of("__3.metadata"),
+    "unknown .pt": file_of("more.pt", evil_archive),
+    "unknown .pkl": file_of("more.pkl"),
+    "unknown .bin": file_of("pytorch_model.bin", evil_archive),
+    "a library": file_of("helpers.so"),
+    "a program": file_of("modeling.py"),
+    "a state of modelopt": file_of("modelopt_state/state.pt", evil_archive),
+    "ranks beside torch_dist": file_of("mp_rank_00/model_optim_rng.pt", evil_archive),
+    "a hidden pickle": file_of("hugging_face/.more/x.pkl"),
     "loose files beside the tracker": _loose,
     "loose ranks beside the tracker": _loose_ranks,
     "link of .metadata": _link_out(".metadata"),
@@ -264,7 +264,7 @@ FILES: dict[str, Plant] = {
 
 PLACES: dict[str, Plant] = {
     "in .metadata": _in_metadata,
-    "in common.pt": _file("common.pt", _evil_archive),
+    "in common.pt": file_of("common.pt", evil_archive),
     "in saved arguments": _object(COMMON_STATE, lambda marker: [{"args": Namespace(x=Touch(marker))}]),
     "in an extra state": _object(EXTRA_STATE, lambda marker: [Touch(marker)]),
     "in the bytes of an extra state": _object(EXTRA_STATE, lambda marker: [_bytes_tensor(marker)]),
@@ -289,45 +289,3 @@ def kinds() -> dict[str, Plant]:
 
 def _stream(streams: Callable[[Path], dict[str, bytes]], name: str) -> Callable[[Path], bytes]:
     return lambda marker: streams(marker)[name]
-
-
-def _rank(change: Callable[[Path, Path], None]) -> Plant:
-    return lambda directory, marker: change(directory / "mp_rank_00" / "model_optim_rng.pt", marker)
-
-
-def _rewrite(path: Path, marker: Path) -> None:
-    state = torch.load(path, weights_only=False)
-    torch.save({**state, "rng_state": [Touch(marker)]}, path)
-
-
-def _legacy_two(path: Path, marker: Path) -> None:
-    path.write_bytes(two_archives(path.read_bytes(), saved({"model": Touch(marker)})))
-
-
-def _legacy_link(path: Path, marker: Path) -> None:
-    shutil.copyfile(path, marker.parent / "outside")
-    path.unlink()
-    path.symlink_to(marker.parent / "outside")
-
-
-def _legacy_pipe(path: Path, marker: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def _legacy_old(path: Path, marker: Path) -> None:
-    torch.save(Touch(marker), path, _use_new_zipfile_serialization=False)
-
-
-def legacy_kinds() -> dict[str, Plant]:
-    """Every kind for the legacy layout, a whole folder of one rank."""
-    return {
-        "in the state": _rank(_rewrite),
-        "two directories": _rank(_legacy_two),
-        "old format of torch": _rank(_legacy_old),
-        "a plain pickle": _rank(lambda path, marker: path.write_bytes(pickle.dumps(Touch(marker)))),
-        "link": _rank(_legacy_link),
-        "pipe": _rank(_legacy_pipe),
-        "in the optimizer": _file("mp_rank_00/distrib_optim.pt", _evil_archive),
-        "a device": _rank(lambda path, marker: (path.unlink(), path.symlink_to("/dev/zero"))),
-    }

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_dmc import cli
 from tests.checkpoint.five_ways import WAYS
-from tests.checkpoint.hostile import kinds, legacy_kinds
+from tests.checkpoint.hostile import kinds
+from tests.checkpoint.hostile_ranks import legacy_kinds
 from tests.checkpoint.victim import FLAGS
 
 ROOT = Path(__file__).parents[2]
