@@ -27,6 +27,7 @@ from megatron_dmc.training.arguments import (
     refuse_flags,
     with_defaults,
 )
+from megatron_dmc.training.loading import Confinement, confine, refuse_loading_flags
 from megatron_dmc.training.model_flags import check_flags, fixed_flags, model_flags
 from megatron_dmc.training.start import Start, find_start, saved_iteration
 
@@ -42,6 +43,7 @@ class Run:
     Attributes:
         argv: all flags for Megatron's parser.
         start: where the run starts.
+        loading: what this process may load.
         save: directory of its checkpoints, or None.
         train_iters: length of the stage in steps; None where it is given in samples.
         stop_at_cr: ratio that ends the stage early, where one may.
@@ -49,6 +51,7 @@ class Run:
 
     argv: list[str]
     start: Start
+    loading: Confinement
     save: str | None
     train_iters: int | None
     stop_at_cr: float | None
@@ -65,6 +68,7 @@ def prepare(argv: list[str]) -> Run:
     Raises:
         ValueError: a flag, a base checkpoint or a data set that does not fit.
     """
+    refuse_loading_flags(argv)
     given = _read_own_flags(argv)
     settings = dmc_config_from_args(given)
     stage = find_stage(settings.stage)
@@ -79,7 +83,8 @@ def prepare(argv: list[str]) -> Run:
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
     train_iters = int(given.train_iters) if given.train_iters else None
-    return Run(argv, start, given.save, train_iters, settings.stop_at_cr if stage.raises_target else None)
+    stop_at_cr = settings.stop_at_cr if stage.raises_target else None
+    return Run(argv, start, confine(start.checkpoint), given.save, train_iters, stop_at_cr)
 
 
 def train(argv: list[str], observer: Observer | None = None) -> Outcome:
@@ -230,12 +235,13 @@ def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:
     # What holds if this process is killed.
     _record(run, Outcome(saved, args.train_iters or 0, Status.RUNNING))
     try:
-        pretrain(
-            cfg_container=pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_dataset_provider=build_data_sets,
-            model_type=ModelType.encoder_or_decoder,
-            forward_step_func=forward_step,
-        )
+        with run.loading.telling():
+            pretrain(
+                cfg_container=pretrain_cfg_container_from_args(args, model_config),
+                train_valid_test_dataset_provider=build_data_sets,
+                model_type=ModelType.encoder_or_decoder,
+                forward_step_func=forward_step,
+            )
     except SystemExit as left:
         # Megatron leaves with status 0 also when loading fails; 16 and 17 are its rerun machine's.
         if left.code not in (0, None):
