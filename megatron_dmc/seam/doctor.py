@@ -44,7 +44,7 @@ PRODUCT_SHAPE = (512, 1024, 1024)
 """Rows, inner size and columns of the matrix product that is timed: 512 tokens through a small layer."""
 PRODUCT_TURNS = 3
 WORTH_BFLOAT16 = 1.2
-"""Times as fast as float32, from which a training step gains by ``--bf16``: it also converts and keeps float32 copies."""
+"""Times as fast as float32, from which a training step gains by ``--bf16``, which also converts and keeps copies."""
 
 
 def examine(directory: Path) -> list[Finding]:
