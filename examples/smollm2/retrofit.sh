@@ -14,8 +14,8 @@ program() { "${PYTHON:-python}" -m megatron_dmc "$@"; }
 
 # Sequences of 256 tokens, 2 a step. One order of the data for the whole recipe, with room to lengthen a stage.
 length=256 batch=2
-zero_out=40 retrofit=50 consolidate=20
-total=360
+zero_out=${ZERO_OUT_STEPS:-40} retrofit=${RETROFIT_STEPS:-50} consolidate=${CONSOLIDATE_STEPS:-20}
+total=${TOTAL_SAMPLES:-360}
 # So few steps must learn fast: decisions start nearer to merging than published (5), and the ratio weighs more (1).
 decisions=(--dmc-decision-bias 3 --dmc-loss-weight 30)
 
