@@ -29,24 +29,24 @@ train() {
     --dmc-total-samples "$total" --save-interval 50 --lr-decay-style constant "$@"
 }
 
-# measure MODEL NAME FLAG...: 8 held-out sequences in float32.
+# measure MODEL NAME: 8 held-out sequences as wholes, in float32.
 measure() {
-  local model=$1 name=$2
-  shift 2
   mkdir -p "$run/evaluation"
-  program evaluate --model "$model" --data "$run/data/test" --seq-length "$length" --sequences 8 --dtype float32 \
-    --json "$@" > "$run/evaluation/$name.part"
-  mv "$run/evaluation/$name.part" "$run/evaluation/$name.json"
+  program evaluate --model "$1" --data "$run/data/test" --seq-length "$length" --sequences 8 --dtype float32 \
+    --path teacher-forced --json > "$run/evaluation/$2.part"
+  mv "$run/evaluation/$2.part" "$run/evaluation/$2.json"
 }
 
 [ -e "$run/data" ] || program data prepare --python-source --tokenizer "$model" --output "$run/data"
 [ -e "$run/base" ] || program convert import "$model" "$run/base"
-measure "$run/base" base --path teacher-forced
+measure "$run/base" base
 train zero_out "$run/base" "$zero_out" --lr 1e-4 --lr-warmup-iters 5 "$@"
 train retrofit "$run/zero_out" "$retrofit" --lr 5e-4 --lr-warmup-iters 5 --dmc-temperature 0.6 "${decisions[@]}" "$@"
 train consolidate "$run/retrofit" "$consolidate" --lr 5e-4 --lr-decay-style cosine --min-lr 5e-5 \
   "${decisions[@]}" "$@"
 measure "$run/consolidate" dmc
+# Token by token through the cache as well, and whether both ways agree; slow on a CPU, so a short piece.
+program evaluate --model "$run/consolidate" --data "$run/data/test" --seq-length 64 --sequences 2 --dtype float32
 program convert export "$run/consolidate" "$run/export" --tokenizer "$model" --overwrite
 program generate --model "$run/export" --prompt "def read_lines(path):" --max-new-tokens 48
 program report "$run"
