@@ -48,5 +48,5 @@ measure "$run/consolidate" dmc
 # Token by token through the cache as well, and whether both ways agree; slow on a CPU, so a short piece.
 program evaluate --model "$run/consolidate" --data "$run/data/test" --seq-length 64 --sequences 2 --dtype float32
 program convert export "$run/consolidate" "$run/export" --tokenizer "$model" --overwrite
-program generate --model "$run/export" --prompt "def read_lines(path):" --max-new-tokens 48
+program generate --model "$run/export" --prompt "def read_lines(path):" --max-new-tokens 16
 program report "$run"
