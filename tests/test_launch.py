@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci" / "run"])
+SHELL_FILES = ("launch/*.sh", "launch/*.sbatch", "examples/*/*.sh", ".ci/run")
+SCRIPTS = sorted(path for pattern in SHELL_FILES for path in ROOT.glob(pattern))
 OUR_MODULES = f'case "$*" in *"-m megatron_dmc.r"*) shift $((SHIFTED)); exec {sys.executable} "$@" ;; esac\n'
 RECORD = "#!/usr/bin/env bash\n" + OUR_MODULES + 'printf "%s\\n" "$*" >> "$CALLS"\n'
 """Stands in for a program: the product's own modules run, other calls are recorded."""

@@ -7,8 +7,10 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_dmc.support.files import free_space
 from megatron_dmc.support.findings import Finding
@@ -38,6 +40,12 @@ MIN_FREE_DISK = 10e9
 MIN_SHARED_MEMORY = 1e9
 MIN_MEMORY = 8e9
 
+PRODUCT_SHAPE = (512, 1024, 1024)
+"""Rows, inner size and columns of the matrix product that is timed: 512 tokens through a small layer."""
+PRODUCT_TURNS = 3
+WORTH_BFLOAT16 = 1.2
+"""Times as fast as float32, from which a training step gains by ``--bf16``, which also converts and keeps copies."""
+
 
 def examine(directory: Path) -> list[Finding]:
     """Everything worth knowing before a run. ``directory`` is where output will go."""
@@ -53,6 +61,7 @@ def examine(directory: Path) -> list[Finding]:
         *_impostors(versions),
         *_environment(os.environ),
         _gpu(versions),
+        *_matrix_products(versions),
         *_machine(directory),
     ]
 
@@ -158,6 +167,39 @@ def _gpu(versions: Mapping[str, str]) -> Finding:
         return Finding("GPU", "ok", "none: everything runs on the CPU, at small sizes")
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return Finding("GPU", "ok", ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in devices))
+
+
+def _matrix_products(versions: Mapping[str, str]) -> list[Finding]:
+    """How fast this CPU multiplies matrices in both types of training, and so whether ``--bf16`` pays on it."""
+    if "torch" not in versions:
+        return []
+    import torch
+
+    rates = {dtype: _operations_per_second(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    threads, instructions = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return [_judged_products(rates[torch.float32], rates[torch.bfloat16], f"{threads} threads, {instructions}")]
+
+
+def _judged_products(float32: float, bfloat16: float, conditions: str) -> Finding:
+    """What both rates, in operations per second, mean for a run on this CPU."""
+    gain = bfloat16 / float32
+    advice = "--bf16 pays" if gain >= WORTH_BFLOAT16 else "--bf16 does not pay"
+    detail = f"float32 {float32 / 1e9:.0f} GFLOP/s, bfloat16 {gain:.2f} times that ({conditions}): {advice} on this CPU"
+    return Finding("CPU matrix products", "ok", detail)
+
+
+def _operations_per_second(dtype: Any) -> float:
+    """The best of a few products after one to warm up: the one that other processes disturbed least."""
+    import torch
+
+    rows, inner, columns = PRODUCT_SHAPE
+    left, right = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
+    seconds = []
+    for _ in range(PRODUCT_TURNS + 1):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * inner * columns / min(seconds[1:])
 
 
 def _machine(directory: Path) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -63,6 +64,25 @@ def test_small_disks_are_seen_where_the_output_will_be(tmp_path, monkeypatch):
     assert statuses(found)[f"disk at {tmp_path}"] == "warning"
     assert statuses(found)["CPU cores"] == "ok"
     assert str(len(os.sched_getaffinity(0))) in {finding.detail for finding in found}
+
+
+def test_what_the_cpu_does_fast(monkeypatch):
+    monkeypatch.setattr(doctor, "PRODUCT_SHAPE", (64, 64, 64))
+    (found,) = doctor._matrix_products({"torch": "2.15.0"})
+    assert found.status == "ok"
+    assert re.search(r"float32 \d+ GFLOP/s, bfloat16 \d+\.\d\d times that \(\d+ threads, \w+\)", found.detail)
+    assert doctor._matrix_products({}) == []
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "told"),
+    [
+        (2.4e11, "bfloat16 2.40 times that (2 threads): --bf16 pays"),
+        (1e10, "0.10 times that (2 threads): --bf16 does not"),
+    ],
+)
+def test_bf16_is_advised_where_it_is_faster(bfloat16, told):
+    assert told in doctor._judged_products(1e11, bfloat16, "2 threads").detail
 
 
 def test_a_failure_exits_with_2(monkeypatch, capsys):
