@@ -17,6 +17,12 @@ class Name:
         self.name = name
         self.build = build
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Name) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
 
 class Record:
     """An object of a checkpoint: its class, the arguments it is made of, and the state set afterwards.

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_dmc.checkpoint.described import Name
 from megatron_dmc.support.errors import Refused
 
 DEPTH_LIMIT = 100
@@ -44,9 +45,14 @@ class Budget:
 
 
 def check_key(key: Any, is_record: bool) -> None:
-    """A key of a mapping or member of a set is a number, a text, bytes, a tuple of such, or a checked record."""
+    """A key of a mapping or member of a set is a number, a text, bytes, an element type, a tuple of such, or a record.
+
+    Megatron's distributed optimizer keeps its buffers by pairs of element types.
+    """
     members = key if type(key) is tuple else (key,)
     for member in () if is_record else members:
+        if isinstance(member, Name) and member.build is None:
+            continue
         if type(member) not in _KEY_SCALARS or (type(member) is int and member.bit_length() > _KEY_BITS_LIMIT):
             raise Refused(f"a {type(member).__name__} serves as a key")
 

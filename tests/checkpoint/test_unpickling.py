@@ -27,6 +27,7 @@ STATE = {
     "set": {1, 2},
     "file": io.BytesIO(),
     "device": torch.device("cpu"),
+    "buffers of the distributed optimizer": {(torch.bfloat16, torch.float32): [8], torch.float32: 1},
 }
 
 
