@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def locate(path: Path | str) -> Location:
         raise ValueError(f"{path} is not a directory: give a Hugging Face model or a Megatron checkpoint")
     if _megatron_format(path) is not None:
         return _iteration_at(path, path.parent if _iteration_of(path.name) is not None else path)
-    if (path / TRACKER).is_file():
+    if has_tracker(path):
         return _iteration_at(path / _tracked(path), path)
     if (path / "config.json").is_file():
         return Location(HUGGING_FACE, path, path)
@@ -51,6 +52,23 @@ def locate(path: Path | str) -> Location:
         f"{path} holds no checkpoint: neither config.json (Hugging Face), nor {TRACKER} (Megatron), nor the files of "
         "an iteration (metadata.json with .metadata, or mp_rank_*)"
     )
+
+
+def has_tracker(root: Path) -> bool:
+    """Whether something in ``root`` claims to name its newest checkpoint."""
+    return os.path.lexists(root / TRACKER)
+
+
+def read_tracker(root: Path) -> str:
+    """What the tracker file in ``root`` names: ``release``, or digits.
+
+    Raises:
+        ValueError: it names nothing, or is not a regular file.
+    """
+    text = read_bounded(root / TRACKER, 64).decode("ascii", "replace").strip()
+    if text != RELEASE and not re.fullmatch(r"[0-9]{1,12}", text):
+        raise ValueError(f"{root / TRACKER} holds {text!r}: a number of iterations or {RELEASE!r} is expected")
+    return text
 
 
 def _iteration_at(directory: Path, root: Path) -> Location:
@@ -61,7 +79,7 @@ def _iteration_at(directory: Path, root: Path) -> Location:
         )
     number = _iteration_of(directory.name)
     if number is None:  # the layout of NVIDIA's releases: ranks beside the tracker
-        text = _tracker_text(root) if (root / TRACKER).is_file() else RELEASE
+        text = read_tracker(root) if has_tracker(root) else RELEASE
         number = 0 if text == RELEASE else int(text)
     return Location(found, root, directory, number)
 
@@ -72,15 +90,8 @@ def _iteration_of(name: str) -> int | None:
 
 
 def _tracked(root: Path) -> str:
-    text = _tracker_text(root)
+    text = read_tracker(root)
     return RELEASE if text == RELEASE else f"iter_{int(text):07d}"
-
-
-def _tracker_text(root: Path) -> str:
-    text = read_bounded(root / TRACKER, 64).decode("ascii", "replace").strip()
-    if text != RELEASE and not re.fullmatch(r"[0-9]{1,12}", text):
-        raise ValueError(f"{root / TRACKER} holds {text!r}: a number of iterations or {RELEASE!r} is expected")
-    return text
 
 
 def _megatron_format(directory: Path) -> str | None:

@@ -6,9 +6,6 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from megatron_dmc.support.errors import EXIT_USER_ERROR
-
-ARGPARSE_USAGE = 2
 CONTINUES = ", which is saved: the same command continues"
 LOST = ", which is lost: only with --save a run continues"
 
@@ -35,12 +32,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from megatron_dmc.training.pretrain import train
 
-    try:
-        outcome = train(args.megatron_flags)
-    except SystemExit as left:
-        if left.code == ARGPARSE_USAGE:
-            return EXIT_USER_ERROR
-        raise
+    outcome = train(args.megatron_flags)
     if int(os.environ["RANK"]) == 0:
         remedy = CONTINUES if _saves(args.megatron_flags) else LOST
         print(f"stage {outcome}{'' if outcome.finished else remedy}", flush=True)

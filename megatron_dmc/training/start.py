@@ -6,7 +6,8 @@ Megatron's own answers to a wrong path are training from random weights, or leav
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,26 @@ class Start:
         resumes: continues its own stage from ``--save``.
         clears_rows: the borrowed rows must become zero before the first step.
         first_sample: where the stage starts in the training data; consumed samples of the checkpoint before it.
+        saved_arguments: of the run that is continued; empty for one that begins.
     """
 
     config: ModelConfig | None
     resumes: bool
     clears_rows: bool = False
     first_sample: int = 0
+    saved_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def saved_iteration(directory: str | Path | None) -> int | None:
     """Iteration of the newest complete checkpoint below ``directory``; None where there is none."""
     if not directory:
         return None
-    tracker = Path(directory, TRACKER)
-    if not tracker.is_file():
+    from megatron_dmc.checkpoint.locate import RELEASE, has_tracker, read_tracker
+
+    if not has_tracker(Path(directory)):
         return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    return 0 if text == "release" else int(text)
+    text = read_tracker(Path(directory))
+    return 0 if text == RELEASE else int(text)
 
 
 def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start:
@@ -118,4 +122,5 @@ def _resume(settings: DMCConfig, save: str) -> Start:
             + "\n  ".join(different)
             + "\ngive the same settings to continue it, or another --save"
         )
-    return Start(stored.config, resumes=True, first_sample=int(stored.args.get("dmc_first_sample") or 0))
+    first_sample = int(stored.args.get("dmc_first_sample") or 0)
+    return Start(stored.config, resumes=True, first_sample=first_sample, saved_arguments=stored.args)
