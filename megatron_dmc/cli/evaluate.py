@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and insist that the paths agree."""
     from megatron_dmc.evaluation.perplexity import cut_sequences, evaluate
+    from megatron_dmc.support.files import to_json
     from megatron_dmc.support.progress import progress
 
     model, companions = open_model(args)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.json:
         settings = model.settings.to_dict() if model.settings else None
-        print(json.dumps({"model": str(args.model), "dmc": settings, **evaluation.to_dict()}, indent=2))
+        print(to_json({"model": str(args.model), "dmc": settings, **evaluation.to_dict()}, indent=2))
     else:
         print("\n".join(_lines(evaluation)))
     if evaluation.agreement is not None:

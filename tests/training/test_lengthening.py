@@ -38,9 +38,7 @@ def test_another_length_at_a_constant_rate(length):
 def test_a_falling_rate_is_for_the_user_to_decide():
     falling = [*USUAL, "--lr-decay-style", "cosine", "--train-iters", "4"]
     saved = SAVED | {"lr_decay_style": "cosine"}
-    with pytest.raises(
-        ValueError, match=r"falls \(cosine\); give --override-opt_param.* --lr-decay-iters 2"):
-    ):
+    with pytest.raises(ValueError, match=r"falls \(cosine\); give --override-opt_param.* --lr-decay-iters 2"):
         lengthening(falling, saved)
     assert lengthening([*falling, "--lr-decay-iters", "2"], saved).flags == [OVERRIDE]
     for decision in (OVERRIDE, "--override-opt-param-scheduler", "--use-checkpoint-opt_param-scheduler"):
