@@ -25,11 +25,12 @@ def training_findings(facts: RunFacts) -> list[str]:
 
 def _diverged(facts: RunFacts) -> list[str]:
     """Stages whose loss left the numbers, with the first such step."""
-    lost = [
-        (stage.name, step["step"]) for stage in facts.stages for step in stage.steps if not isfinite(step["lm_loss"])
-    ]
-    first = dict(reversed(lost))
-    return [f"**The LM loss of {name} is not finite from step {step} on.**" for name, step in first.items()]
+    found = []
+    for stage in facts.stages:
+        first = next((step["step"] for step in stage.steps if not isfinite(step["lm_loss"])), None)
+        if first is not None:
+            found.append(f"The LM loss of {stage.name} is not finite from step {first} on.")
+    return found
 
 
 def _loss_against_control(retrofit: Curve, control: Curve | None) -> list[str]:
