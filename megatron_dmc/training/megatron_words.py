@@ -29,6 +29,10 @@ REMEDIES = (
         "--override-opt_param-scheduler to go on with these",
     ),
     (
+        r"Parameter group key definition",
+        "the optimizer began with other numbers: give the learning rate and weight decay that it began with",
+    ),
+    (
         r"world size .* is not divisible|world_size .* is not divisible",
         "the product of --tensor-model-parallel-size, --pipeline-model-parallel-size and --context-parallel-size must "
         "divide the number of ranks that were started",
@@ -123,10 +127,12 @@ def _remedy(words: str) -> str:
 
 def _nearest(words: str, add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]) -> str:
     """The flags that the unknown ones may have meant."""
+    if not words.startswith("unrecognized arguments"):
+        return _remedy(words)
     from megatron.training.arguments import add_megatron_arguments
 
-    unknown = re.findall(r"--[\w-]+", words) if words.startswith("unrecognized arguments") else []
+    unknown = re.findall(r"--[\w-]+", words)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known = [*add_arguments(add_megatron_arguments(parser))._option_string_actions] if unknown else []
+    known = [*add_arguments(add_megatron_arguments(parser))._option_string_actions]
     meant = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1, cutoff=0.8)]
     return f"did you mean {', '.join(meant)}?" if meant else _remedy(words)
