@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.checkpoint.guard import check_checkpoint
+from megatron_dmc.checkpoint.guard import examine_location
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
 from megatron_dmc.checkpoint.manifest import manifest_problems, read_manifest
 from megatron_dmc.checkpoint.source import MegatronSource
-from megatron_dmc.support.progress import amount
+from megatron_dmc.support.errors import Refused
+from megatron_dmc.support.units import amount
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ def inspect_checkpoint(path: Path | str, *, hashes: bool = True, ignored_setting
         ignored_settings: unknown settings of a ``config.json`` that change nothing.
 
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: there is no checkpoint, or one that was made to harm (what is damaged is told as a problem).
     """
     location = locate(path)
     files = [file for file in location.directory.rglob("*") if file.is_file()]
@@ -50,7 +51,7 @@ def inspect_checkpoint(path: Path | str, *, hashes: bool = True, ignored_setting
     }
     problems: list[str] = []
     _collect(problems, lambda: facts.update(_model_facts(location, ignored_settings)))
-    _collect(problems, lambda: facts.update({"pickles scanned": check_checkpoint(location.directory)}))
+    _collect(problems, lambda: facts.update(_scan_facts(location)))
     _collect(problems, lambda: problems.extend(manifest_problems(location.directory, hashes=hashes)))
     _collect(problems, lambda: facts.update({"manifest": _manifest_fact(location.directory, hashes)}))
     return Inspection(facts, list(dict.fromkeys(problems)))
@@ -59,6 +60,8 @@ def inspect_checkpoint(path: Path | str, *, hashes: bool = True, ignored_setting
 def _collect(problems: list[str], look: Callable[[], None]) -> None:
     try:
         look()
+    except Refused:
+        raise
     except ValueError as error:
         problems.append(str(error))
 
@@ -84,6 +87,12 @@ def _model_facts(location: Location, ignored_settings: Sequence[str]) -> dict[st
     if not source.states_vocab_size:
         facts["vocabulary"] = f"not stated; the embedding has {source.shape.padded_vocab_size} rows"
     return facts | {"model": dataclasses.asdict(source.config), "dmc": _dmc(source.dmc)}
+
+
+def _scan_facts(location: Location) -> dict[str, Any]:
+    checked = examine_location(location)
+    unknown = {"unknown files": ", ".join(checked.unknown)} if checked.unknown else {}
+    return {"pickles scanned": checked.pickles} | unknown
 
 
 def _dmc(settings: Any) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ def model_card(name: str, config: ModelConfig, dmc: DMCConfig | None, facts: Car
     """Text of the card, in Markdown with the front matter that model hubs read."""
     tags = [config.family, "megatron"] + (["dynamic-memory-compression", "kv-cache-compression"] if dmc else [])
     front = "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags), "---"])
-    paragraphs = _plain(facts) if dmc is None else _compressed(dmc, facts)
+    paragraphs = _plain(config, facts) if dmc is None else _compressed(config, dmc, facts)
     return "\n\n".join([front, f"# {name}", _shape(config), *paragraphs]) + "\n"
 
 
@@ -44,17 +44,17 @@ def _shape(config: ModelConfig) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _plain(facts: CardFacts) -> list[str]:
+def _plain(config: ModelConfig, facts: CardFacts) -> list[str]:
     trained = facts.trained
     if trained is None or not trained.borrows_channel:
-        return ["A Llama, exported from a Megatron-LM checkpoint."]
+        return [f"A {config.family} model, exported from a Megatron-LM checkpoint."]
     return [
-        f"A Llama, exported from stage `{trained.stage}` of a retrofit with Dynamic Memory Compression (iteration "
-        f"{facts.iteration}). The last channel of every query and key head is zero; nothing is compressed."
+        f"A {config.family} model, exported from stage `{trained.stage}` of a retrofit with Dynamic Memory Compression "
+        f"(iteration {facts.iteration}). The last channel of every query and key head is zero; nothing is compressed."
     ]
 
 
-def _compressed(dmc: DMCConfig, facts: CardFacts) -> list[str]:
+def _compressed(config: ModelConfig, dmc: DMCConfig, facts: CardFacts) -> list[str]:
     measured = (
         f"Measured compression ratio of the key-value cache: **{facts.measured_cr:.2f}**."
         if facts.measured_cr is not None
@@ -62,12 +62,12 @@ def _compressed(dmc: DMCConfig, facts: CardFacts) -> list[str]:
     )
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in dmc.to_dict().items() if value is not None)
     return [
-        "A Llama retrofitted with Dynamic Memory Compression (arXiv 2403.09636): each KV head decides for every token "
-        "whether to append to its key-value cache or to merge into the newest entry.",
+        f"A {config.family} model retrofitted with Dynamic Memory Compression (arXiv 2403.09636): each KV head decides "
+        "for every token whether to append to its key-value cache or to merge into the newest entry.",
         f"{measured} Target of the training: {dmc.target_cr:g} (stage `{dmc.stage}`, iteration {facts.iteration}).",
         "The length of the cache differs from head to head. Engines that keep one length per request (vLLM, "
-        "TensorRT-LLM, llama.cpp and others) cannot serve this model; neither can the stock Llama class of "
-        "transformers, because the last channel of every query and key head carries a decision. Install "
-        "`megatron-dmc`, which registers the class `DMCLlamaForCausalLM`, or use `megatron-dmc generate`.",
+        "TensorRT-LLM, llama.cpp and others) cannot serve this model; neither can a stock class of "
+        "transformers, because the last channel of every query and key head carries a decision. `megatron-dmc "
+        "generate` can, and for a Llama the class `DMCLlamaForCausalLM` of `megatron_dmc.hf`.",
         f"| setting | value |\n|---|---|\n{settings}",
     ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints_convert.sizes import conversion_bytes, megatron_bytes
 from megatron_dmc.models.fusion import MegatronShape
-from megatron_dmc.support.progress import amount
+from megatron_dmc.support.files import free_space
+from megatron_dmc.support.units import amount
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Options:
             raise ValueError(
                 f"--max-memory {amount(self.max_memory, 'B')}: this conversion takes about {amount(needed, 'B')}"
             )
-        existing = next(folder for folder in Path(destination).absolute().parents if folder.is_dir())
-        free = shutil.disk_usage(existing).free
+        existing, free = free_space(destination)
         if free < megatron_bytes(shape):
             raise ValueError(
                 f"{existing} has {amount(free, 'B')} free, {destination} takes {amount(megatron_bytes(shape), 'B')}: "

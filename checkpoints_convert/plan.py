@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 from checkpoints_convert.hf_writer import plan_shards
@@ -17,7 +16,8 @@ from checkpoints_convert.sizes import (
 )
 from megatron_dmc.models.fusion import MegatronShape
 from megatron_dmc.models.tensors import entries, hf_name
-from megatron_dmc.support.progress import amount
+from megatron_dmc.support.files import free_space
+from megatron_dmc.support.units import amount
 
 
 def plan_lines(shape: MegatronShape, destination: Path, *, to_hugging_face: bool) -> list[str]:
@@ -36,12 +36,12 @@ def plan_lines(shape: MegatronShape, destination: Path, *, to_hugging_face: bool
         told = " + ".join("x".join(map(str, one)) for one in shapes)
         rows.append(f"{times:>4} x {told:<24} {amount(size * times, 'B'):>8}  {arrow}")
     total = weight_bytes(config) if to_hugging_face else megatron_bytes(shape)
-    existing = next(folder for folder in Path(destination).absolute().parents if folder.is_dir())
+    existing, free = free_space(destination)
     forward = forward_bytes(config)
     rows += [
         f"writes {amount(total, 'B')} of {config.dtype} tensors"
         + (f" in {len(plan_shards(config))} safetensors files" if to_hugging_face else ""),
-        f"free disk needed: {amount(total, 'B')}; free at {existing}: {amount(shutil.disk_usage(existing).free, 'B')}",
+        f"free disk needed: {amount(total, 'B')}; free at {existing}: {amount(free, 'B')}",
         f"largest layer: {amount(largest_layer_bytes(config), 'B')}; peak memory of the conversion: about "
         f"{amount(conversion_bytes(shape), 'B')}, of the comparison: about {amount(forward.whole, 'B')}",
     ]

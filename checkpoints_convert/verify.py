@@ -17,6 +17,7 @@ from torch import Tensor
 
 from checkpoints_convert.forward import LOGITS, ForwardJob, run_forward
 from checkpoints_convert.sizes import forward_bytes, weight_bytes
+from megatron_dmc.checkpoint.guard import examine_location
 from megatron_dmc.checkpoint.locate import locate
 from megatron_dmc.checkpoint.manifest import manifest_problems
 from megatron_dmc.checkpoint.source import Source, open_source
@@ -24,7 +25,7 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.borrowed_channel import parts_without_borrowed_channels
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.tensors import Entry, entries
-from megatron_dmc.support.errors import CheckFailed
+from megatron_dmc.support.errors import CheckFailed, Refused
 from megatron_dmc.support.progress import progress
 
 PROMPTS, PROMPT_TOKENS = 4, 16
@@ -100,15 +101,19 @@ def verify(
         ignored_settings: unknown settings of a ``config.json`` that change nothing.
 
     Raises:
-        ValueError: a path is no checkpoint.
+        ValueError: a path is no checkpoint, or one that was made to harm.
         CheckFailed: they differ, one is damaged, or the comparison could not be made.
     """
     places = [locate(path) for path in (first, second)]
     try:
         for place in places:
+            examine_location(place)
+        for place in places:
             _check_manifest(place.directory)
         one, other = (open_source(path, ignored_settings) for path in (first, second))
         return compare(one, other, logits=logits, max_memory=max_memory)
+    except Refused:
+        raise
     except ValueError as error:
         raise CheckFailed(f"the comparison could not be made: {error}") from error
 

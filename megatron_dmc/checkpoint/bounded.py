@@ -1,20 +1,17 @@
-"""Reading with bounds, and file names that stay inside their directory."""
+"""File names that stay inside their directory, and reads of an exact length."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_dmc.support.files import JSON_BYTES_LIMIT, parse_json, read_bounded, read_json
-
-__all__ = ["JSON_BYTES_LIMIT", "confined", "parse_json", "read_bounded", "read_exactly", "read_json"]
+from megatron_dmc.support.errors import Refused
 
 
 def confined(directory: Path, name: object) -> Path:
     """``directory / name`` for a plain file name that a checkpoint's index states.
 
-    A link may only lead to a file of the same directory, or into the ``blobs`` of the Hugging Face cache that the
-    directory belongs to.
+    A link may only lead to a file of the same directory, or into the ``blobs`` of a model in a Hugging Face cache.
 
     Raises:
         ValueError: ``name`` is not a plain file name, or leads elsewhere.
@@ -22,10 +19,10 @@ def confined(directory: Path, name: object) -> Path:
     if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise ValueError(f"{directory} names a file {name!r}: only plain file names of the same directory are allowed")
     path = directory / name
-    resolved, home = path.resolve(), directory.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(resolved.is_relative_to(allowed) for allowed in homes):
-        raise ValueError(f"{path} is a link to {resolved}, outside its directory: copy the file to its place")
+    resolved = path.resolve()
+    in_hub_cache = resolved.parent.name == "blobs" and resolved.parent.parent.name.startswith("models--")
+    if not in_hub_cache and not resolved.is_relative_to(directory.resolve()):
+        raise Refused(f"{path} is a link to {resolved}, outside its directory: copy the file to its place")
     return path
 
 

@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.checkpoint.bounded import read_json
-from megatron_dmc.support.files import write_json
+from megatron_dmc.support.files import read_json, write_json
 
 FOLDER = "hugging_face"
 """Folder of a Megatron checkpoint with what Megatron has no place for: config.json and the tokenizer's files."""

@@ -1,4 +1,7 @@
-"""Which checkpoint a path means: a Hugging Face directory, or an iteration of a Megatron one."""
+"""Which checkpoint a path means: a Hugging Face directory, or an iteration of a Megatron one.
+
+Where there is a tracker file, it decides, as it does for Megatron: what is looked at here is what Megatron loads.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dmc.checkpoint.bounded import read_bounded
+from megatron_dmc.support.errors import Refused
+from megatron_dmc.support.files import read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_([0-9]{7,})")
 _RANK = re.compile(r"mp_rank_[0-9]{2}(_[0-9]{3})?")
+_PART = re.compile(r"mp_rank_.*|\.metadata|metadata\.json|.*\.(distcp|pt)")
 RELEASE = "release"
 
 HUGGING_FACE = "hugging_face"
@@ -42,10 +47,12 @@ def locate(path: Path | str) -> Location:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory: give a Hugging Face model or a Megatron checkpoint")
-    if _megatron_format(path) is not None:
-        return _iteration_at(path, path.parent if _iteration_of(path.name) is not None else path)
     if has_tracker(path):
-        return _iteration_at(path / _tracked(path), path)
+        return _tracked(path)
+    found = _megatron_format(path)
+    if found is not None:
+        number = _iteration_of(path.name)
+        return Location(found, path if number is None else path.parent, path, number or 0)
     if (path / "config.json").is_file():
         return Location(HUGGING_FACE, path, path)
     raise ValueError(
@@ -71,17 +78,28 @@ def read_tracker(root: Path) -> str:
     return text
 
 
-def _iteration_at(directory: Path, root: Path) -> Location:
+def _tracked(root: Path) -> Location:
+    """The checkpoint that the tracker names."""
+    text = read_tracker(root)
+    number = 0 if text == RELEASE else int(text)
+    directory = root / (RELEASE if text == RELEASE else f"iter_{number:07d}")
+    loose = _loose_files(root)
+    if loose and (directory.is_dir() or _megatron_format(root) != LEGACY):
+        raise Refused(
+            f"{root} holds {loose[0]} beside {TRACKER}, which names {directory.name}: which of the two is the "
+            "checkpoint cannot be told; move one of them elsewhere"
+        )
+    if loose:  # the layout of NVIDIA's releases: ranks beside the tracker
+        return Location(LEGACY, root, root, number)
     found = _megatron_format(directory)
     if found is None:
-        raise ValueError(
-            f"{directory} is missing or holds no checkpoint, although {root / TRACKER} names it: partial copy?"
-        )
-    number = _iteration_of(directory.name)
-    if number is None:  # the layout of NVIDIA's releases: ranks beside the tracker
-        text = read_tracker(root) if has_tracker(root) else RELEASE
-        number = 0 if text == RELEASE else int(text)
+        raise ValueError(f"{directory} is missing or holds no checkpoint, although {root / TRACKER} names it")
     return Location(found, root, directory, number)
+
+
+def _loose_files(root: Path) -> list[str]:
+    """Parts of a checkpoint that lie in ``root`` itself."""
+    return sorted(entry.name for entry in root.iterdir() if _PART.fullmatch(entry.name))
 
 
 def _iteration_of(name: str) -> int | None:
@@ -89,14 +107,10 @@ def _iteration_of(name: str) -> int | None:
     return int(match[1]) if match else 0 if name == RELEASE else None
 
 
-def _tracked(root: Path) -> str:
-    text = read_tracker(root)
-    return RELEASE if text == RELEASE else f"iter_{int(text):07d}"
-
-
 def _megatron_format(directory: Path) -> str | None:
-    if (directory / "metadata.json").is_file() and (directory / ".metadata").is_file():
-        return TORCH_DIST
-    if directory.is_dir() and any(_RANK.fullmatch(entry.name) for entry in directory.iterdir()):
-        return LEGACY
-    return None
+    """As Megatron tells it: ``metadata.json`` decides, then the folders of ranks."""
+    if not directory.is_dir():
+        return None
+    if (directory / "metadata.json").is_file():
+        return TORCH_DIST if (directory / ".metadata").is_file() else None
+    return LEGACY if any(_RANK.fullmatch(entry.name) for entry in directory.iterdir()) else None

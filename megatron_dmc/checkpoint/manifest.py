@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.checkpoint.bounded import read_json
-from megatron_dmc.support.files import sha256_file, write_json
+from megatron_dmc.support.files import read_json, sha256_file, write_json
 
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1

@@ -2,8 +2,8 @@
 
 The reader walks the opcodes as Python's unpickler would, but where that one imports and calls, this one looks the
 name up in a table (module and name exactly as written) and builds an inert value. A name outside the table is an
-error that shows it. Whatever passes here does nothing but build the listed objects when torch, Megatron or pickle
-open the same bytes later.
+error that shows it, and so are arguments or a state that the table does not foresee, and values beyond the bounds of
+``pickle_bounds``. Whatever passes here does nothing but build the listed objects when the same bytes are unpickled.
 """
 
 from __future__ import annotations
@@ -12,39 +12,18 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_dmc.checkpoint.described import Name, OrderedMapping, Record
+from megatron_dmc.checkpoint.pickle_bounds import Budget, check_key, check_size, without_collections
+from megatron_dmc.support.errors import Refused
+
+__all__ = ["Name", "OrderedMapping", "Record", "Refused", "checked_members", "describe"]
+
 _MARK = object()
+_INTEGER_BYTES_LIMIT = 32
+_PROTOCOL_LIMIT = 5
 
 # What can go wrong while a damaged stream is walked.
 _DAMAGE = (ValueError, TypeError, IndexError, KeyError, OverflowError, EOFError, ArithmeticError)
-
-
-class Refused(ValueError):
-    """A pickle wants something that no checkpoint needs."""
-
-
-class Name:
-    """A global that a pickle mentions, and what calling it would build (None: it may only be mentioned)."""
-
-    __slots__ = ("build", "name")
-
-    def __init__(self, name: str, build: Callable[..., Any] | None) -> None:
-        self.name = name
-        self.build = build
-
-
-class Record:
-    """An object of a checkpoint: its class, the arguments it is made of, and the state set afterwards."""
-
-    __slots__ = ("args", "kind", "state")
-
-    def __init__(self, kind: str, args: tuple[Any, ...] = ()) -> None:
-        self.kind = kind
-        self.args = args
-        self.state: Any = None
-
-
-class OrderedMapping(dict[Any, Any]):
-    """An ``OrderedDict`` of a pickle: unlike a dict it may have a state, torch's ``_metadata`` of a state dict."""
 
 
 def describe(
@@ -56,37 +35,51 @@ def describe(
     """The value of a pickle as dicts, lists, numbers, strings and :class:`Record`.
 
     Args:
-        data: the pickle; bytes after its end are ignored, as Python ignores them.
+        data: the pickle, from its first byte to its last.
         what: where it comes from, for messages.
         names: ``module.name`` of every allowed global, and the function that stands for calling it.
         load_persistent: the value of a persistent id; None: there are none.
 
     Raises:
         ValueError: an import that is not in ``names`` (the message shows it), another use of a global than calling
-            it once, an opcode that no pickler writes, or a damaged stream.
+            it once, an opcode that no pickler writes, values beyond all bounds, or a damaged stream.
     """
-    walk = _Walk(names, load_persistent)
+    walk = _Walk(names, load_persistent, len(data))
     try:
-        for opcode, argument, position in pickletools.genops(data):
-            try:
-                if opcode.name == "STOP":
-                    return walk.pop()
-                walk.step(opcode.name, argument)
-            except Refused as refusal:
-                raise Refused(f"{what} is refused: {refusal} (byte {position})") from None
+        with without_collections():
+            return _walked(walk, data, what)
     except Refused:
         raise
     except _DAMAGE as error:
-        raise ValueError(f"{what} is damaged: not a pickle that torch or Megatron wrote ({error})") from error
-    raise ValueError(f"{what} is damaged: the pickle has no end")
+        raise ValueError(f"{what} is damaged: not a pickle that torch or Megatron wrote ({error!s:.200})") from error
+
+
+def _walked(walk: _Walk, data: bytes, what: str) -> Any:
+    for opcode, argument, position in pickletools.genops(data):
+        try:
+            if opcode.name == "STOP":
+                if position != len(data) - 1:
+                    raise Refused("bytes are left over behind its end")
+                return walk.finish(data)
+            walk.step(opcode.name, argument)
+        except Refused as refusal:
+            raise Refused(f"{what} is refused: {refusal} (byte {position})") from None
+    raise ValueError("the pickle has no end")
 
 
 class _Walk:
     """The unpickler's stack and memo, over inert values."""
 
-    def __init__(self, names: Mapping[str, Callable[..., Any] | None], load_persistent: Callable[[Any], Any] | None):
+    def __init__(
+        self,
+        names: Mapping[str, Callable[..., Any] | None],
+        load_persistent: Callable[[Any], Any] | None,
+        length: int,
+    ) -> None:
         self.names = names
         self.load_persistent = load_persistent
+        self.length = length
+        self.budget = Budget(length)
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -102,10 +95,18 @@ class _Walk:
             items.append(value)
         return items[::-1]
 
+    def finish(self, data: bytes) -> Any:
+        """The value, when the pickle has ended."""
+        value = self.pop()
+        if self.stack:
+            raise Refused("values are left over at its end")
+        check_size(value, len(data))
+        return value
+
     def step(self, opcode: str, argument: Any) -> None:
-        if opcode in _IGNORED:
-            return
         if opcode in _PUSH_ARGUMENT:
+            if type(argument) is int and argument.bit_length() > 8 * _INTEGER_BYTES_LIMIT:
+                raise Refused("a number of more digits than any checkpoint holds")
             self.stack.append(argument)
         elif opcode in _PUSH_NEW:
             self.stack.append(_PUSH_NEW[opcode]())
@@ -125,17 +126,18 @@ class _Walk:
             raise Refused(f"it calls {_kind(function)}, which may not be called")
         if not isinstance(arguments, tuple):
             raise ValueError(f"{function.name} is called with {_kind(arguments)} arguments")
-        self.stack.append(function.build(*arguments))
+        self.budget.charge(arguments)
+        try:
+            self.stack.append(function.build(*arguments))
+        except TypeError:
+            raise Refused(f"it calls {function.name} with other arguments than a checkpoint holds") from None
 
     def set_state(self, state: Any) -> None:
         target = self.stack[-1]
-        if isinstance(target, OrderedMapping) and isinstance(state, dict) and state.keys() == {"_metadata"}:
-            return
-        if not isinstance(target, Record):
+        if not isinstance(target, (Record, OrderedMapping)):
             raise Refused(f"it sets the state of {_kind(target)}, which has none")
-        if target.state is not None:
-            raise Refused(f"it sets the state of {target.kind} twice")
-        target.state = state
+        self.budget.charge(state)
+        target.set_state(state)
 
     def set_items(self, flat: list[Any]) -> None:
         target = self.stack[-1]
@@ -143,6 +145,8 @@ class _Walk:
             raise Refused(f"it sets items of {_kind(target)}")
         if len(flat) % 2:
             raise ValueError("a key without a value")
+        for key in flat[::2]:
+            check_key(key, is_record=_is_key(key))
         target.update(zip(flat[::2], flat[1::2], strict=True))
 
     def extend(self, values: list[Any]) -> None:
@@ -155,12 +159,23 @@ class _Walk:
         target = self.stack[-1]
         if type(target) is not set:
             raise Refused(f"it adds to {_kind(target)}")
-        target.update(values)
+        target.update(checked_members(values))
 
     def persistent(self, value: Any) -> None:
         if self.load_persistent is None:
             raise Refused("it holds a persistent id outside a torch file")
         self.stack.append(self.load_persistent(value))
+
+
+def checked_members(values: Any) -> Any:
+    """``values``, which may be the members of a set."""
+    for value in values:
+        check_key(value, is_record=_is_key(value))
+    return values
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, Name) or (isinstance(value, Record) and value.is_key and value.state is not None)
 
 
 def _kind(value: Any) -> str:
@@ -170,7 +185,6 @@ def _kind(value: Any) -> str:
     return value.kind if isinstance(value, Record) else f"a {type(value).__name__}"
 
 
-_IGNORED = frozenset({"PROTO", "FRAME"})
 _PUSH_ARGUMENT = frozenset(
     "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 "  # noqa: SIM905
     "BINBYTES SHORT_BINBYTES BINBYTES8".split()
@@ -185,6 +199,16 @@ _PUSH_NEW: dict[str, Callable[[], Any]] = {
     "EMPTY_SET": set,
     "MARK": lambda: _MARK,
 }
+
+
+def _check_protocol(_: _Walk, number: int) -> None:
+    if number > _PROTOCOL_LIMIT:
+        raise Refused(f"it is of protocol {number}, {_PROTOCOL_LIMIT} is the last one known")
+
+
+def _check_frame(walk: _Walk, length: int) -> None:
+    if length > walk.length:
+        raise Refused("a part of it is longer than the whole")
 
 
 def _tuple_of(count: int) -> Callable[[_Walk, Any], None]:
@@ -229,10 +253,14 @@ def _memoize(walk: _Walk, index: int | None) -> None:
     value = walk.stack[-1]
     if value is _MARK:
         raise ValueError("a mark cannot be remembered")
+    if index is not None and index > len(walk.memo):
+        raise Refused("it remembers a value at a place that leaves others empty")  # Python would allocate them all
     walk.memo[len(walk.memo) if index is None else index] = value
 
 
 _ACTIONS: dict[str, Callable[[_Walk, Any], None]] = {
+    "PROTO": _check_protocol,
+    "FRAME": _check_frame,
     "GLOBAL": lambda walk, names: walk.mention(*names.split(" ", 1)),
     "STACK_GLOBAL": _stack_global,
     "REDUCE": _reduce,
@@ -249,7 +277,7 @@ _ACTIONS: dict[str, Callable[[_Walk, Any], None]] = {
     "SETITEM": _set_item,
     "SETITEMS": lambda walk, _: walk.set_items(walk.pop_to_mark()),
     "ADDITEMS": lambda walk, _: walk.add(walk.pop_to_mark()),
-    "FROZENSET": lambda walk, _: walk.stack.append(frozenset(walk.pop_to_mark())),
+    "FROZENSET": lambda walk, _: walk.stack.append(frozenset(checked_members(walk.pop_to_mark()))),
     "POP": _drop,
     "POP_MARK": _drop_to_mark,
     "MEMOIZE": _memoize,

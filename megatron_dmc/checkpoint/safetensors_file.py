@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.checkpoint.bounded import parse_json, read_exactly
+from megatron_dmc.checkpoint.bounded import read_exactly
 from megatron_dmc.checkpoint.torch_file import StoredTensor
+from megatron_dmc.support.files import open_regular, parse_json
 
 HEADER_BYTES_LIMIT = 100_000_000
 """The limit of the format's own implementation."""
@@ -50,9 +51,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         ValueError: truncated, a header that is not the format's, an unknown type, or offsets that overlap, leave
             gaps, contradict the shape or exceed the file.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing or not a regular file")
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         file_bytes = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(read_exactly(stream, 0, 8, str(path)), "little")
         if length > min(HEADER_BYTES_LIMIT, file_bytes - 8):

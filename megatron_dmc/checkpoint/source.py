@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.checkpoint.companions import FOLDER
+from megatron_dmc.checkpoint.expected_files import check_files
+from megatron_dmc.checkpoint.guard import examine_location
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
@@ -76,6 +78,7 @@ def open_source(path: Path | str, ignored_settings: Sequence[str] = ()) -> Huggi
     location = locate(path)
     if location.format != HUGGING_FACE:
         return MegatronSource(location)
+    check_files(location)
     source = HuggingFaceSource(location.directory, ignored_settings)
     for note in source.files.notes:
         print(f"{path}: {note}", file=sys.stderr)
@@ -111,6 +114,7 @@ class MegatronSource(Source):
         self.location = location
         self.directory = location.directory
         self.companions = location.directory / FOLDER
+        examine_location(location)
         self._weights: _TorchDistWeights | _LegacyWeights
         if location.format == LEGACY:
             self._weights = _LegacyWeights(LegacyCheckpoint(self.directory))

@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_dmc.checkpoint.allowed import ALLOWED, DTYPES
-from megatron_dmc.checkpoint.bounded import confined, read_bounded, read_json
+from megatron_dmc.checkpoint.bounded import confined
 from megatron_dmc.checkpoint.pickles import Name, Record, describe
 from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file, read_torch_item
+from megatron_dmc.support.files import open_regular, read_bounded, read_json
 
 METADATA_BYTES_LIMIT = 1 << 30
 COMMON_STATE_KEY = "common_state/shard_0_1"
@@ -39,7 +40,7 @@ class Item:
 
     def open(self) -> Any:
         """As :meth:`describe`, opening the file."""
-        with open(self.path, "rb") as stream:
+        with open_regular(self.path) as stream:
             return self.describe(stream)
 
 

@@ -1,40 +1,35 @@
 """What ``torch.save`` writes: a zip of one pickle and the bytes of its tensors, read without unpickling.
 
-The zip must have exactly the shape that torch gives it (stored, not compressed; one directory; no gaps that another
-reader could take for something else), so that what is checked here is what torch opens later.
+``torch_zip`` accepts the zip only as torch's writer makes it, so that no other reader can take it for something else.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import io
 import math
 import os
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 
 from megatron_dmc.checkpoint.allowed import ALLOWED, STORAGE_DTYPES
 from megatron_dmc.checkpoint.bounded import read_exactly
-from megatron_dmc.checkpoint.pickles import Name, describe
+from megatron_dmc.checkpoint.pickles import Name, Refused, describe
+from megatron_dmc.checkpoint.torch_zip import Extent, read_archive
+from megatron_dmc.support.files import open_regular
 
 PICKLE_BYTES_LIMIT = 1 << 28
 """The pickle of a file: names, shapes and settings, never tensor data."""
 
-_LOCAL_HEADER_BYTES = 30
-_LOCAL_HEADER_MAGIC = b"PK\x03\x04"
-_END_RECORD_BYTES = 22
-_END_RECORD_MAGIC = b"PK\x05\x06"
-_RECORD = re.compile(
-    r"(?P<root>[^/]+)/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment"
-    r"|\.data/serialization_id|data/(?P<key>[0-9]+))"
-)
+_DIMENSIONS_LIMIT = 16
+_DEVICE = re.compile(r"[a-z]{2,20}(:[0-9]{1,4})?")
+_SMALL_ARCHIVE = 1 << 16
+"""Bytes below which an archive is read as a whole rather than header by header."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +69,22 @@ def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, .
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel() == 0:
         return tensor
-    view = tensor_memory(tensor)
-    with open(path, "rb", buffering=0) as stream:
-        stream.seek(offset)
-        done = 0
-        while done < len(view):
-            count = stream.readinto(view[done:])
-            if not count:
-                raise ValueError(f"{path} is truncated: it ends inside a tensor at byte {offset + done}")
-            done += count
-        os.posix_fadvise(stream.fileno(), offset, done, os.POSIX_FADV_DONTNEED)
+    with open_regular(path) as stream:
+        raw = stream.raw  # type: ignore[attr-defined]  # past the buffer: tensors are large
+        raw.seek(offset)
+        _fill(tensor, raw, f"{path} is truncated: it ends inside a tensor behind byte {offset}")
+        os.posix_fadvise(stream.fileno(), offset, tensor.nbytes, os.POSIX_FADV_DONTNEED)
     return tensor
+
+
+def _fill(tensor: torch.Tensor, stream: Any, truncated: str) -> None:
+    view = tensor_memory(tensor)
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])
+        if not count:
+            raise ValueError(truncated)
+        done += count
 
 
 def tensor_memory(tensor: torch.Tensor) -> memoryview:
@@ -103,7 +103,7 @@ def read_torch_file(path: Path, names: Mapping[str, Callable[..., Any] | None] =
     Raises:
         ValueError: not such a file, damaged, or it holds an object that no checkpoint needs (named).
     """
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         return read_torch_item(path, stream, 0, os.fstat(stream.fileno()).st_size, str(path), names)
 
 
@@ -116,36 +116,90 @@ def read_torch_item(
     names: Mapping[str, Callable[..., Any] | None] = ALLOWED,
 ) -> Any:
     """As :func:`read_torch_file`, for the bytes ``start .. start + length`` of an open file."""
-    records = _records(cast(BinaryIO, _Slice(stream, start, length)), length, what)
-    offset, size = records.pop("data.pkl", (0, -1))
+    return open_archive(path, stream, start, length, what).describe(names)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive of ``torch.save`` whose pickle is in memory, and whose tensors are in its file.
+
+    Attributes:
+        path: of the file; ``start``: where in it the archive begins.
+        pickle: the bytes of its pickle, read once.
+    """
+
+    path: Path
+    start: int
+    what: str
+    records: Mapping[str, Extent]
+    pickle: bytes
+
+    def describe(self, names: Mapping[str, Callable[..., Any] | None] = ALLOWED) -> Any:
+        """Its content, tensors as :class:`StoredTensor`."""
+        load = _StorageLoader(self.path, self.start, self.records)
+        allowed = {
+            **names,
+            "torch._utils._rebuild_tensor_v2": load.tensor,
+            "torch._utils._rebuild_parameter": load.parameter,
+        }
+        return describe(self.pickle, self.what, allowed, load.storage)
+
+    def read_into(self, stream: BinaryIO, key: str) -> torch.Tensor:
+        """The bytes of a storage, in memory of their own."""
+        offset, size = self.records[f"data/{key}"]
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        stream.seek(self.start + offset)
+        _fill(memory, stream, f"{self.what} is truncated: it ends inside storage {key}")
+        return memory
+
+
+def open_archive(path: Path, stream: BinaryIO, start: int, length: int, what: str) -> Archive:
+    """Check the zip of an archive, the bytes ``start .. start + length`` of an open file, and read its pickle.
+
+    Raises:
+        ValueError: not exactly what torch's writer makes, or written on a big-endian machine.
+    """
+    read = _reader(stream, start, length, what)
+    records = read_archive(read, length, what)
+    offset, size = records.get("data.pkl", (0, -1))
     if not 0 <= size <= PICKLE_BYTES_LIMIT:
         raise ValueError(f"{what}: a pickle of at most {PICKLE_BYTES_LIMIT} bytes is expected, it has {size}")
     if "byteorder" in records:
         position, count = records["byteorder"]
-        if read_exactly(stream, start + position, min(count, 16), what) != b"little":
+        if read(position, min(count, 16)) != b"little":
             raise ValueError(f"{what} was written on a big-endian machine: write it again on a little-endian one")
-    load = _StorageLoader(path, start, records)
-    allowed = {
-        **names,
-        "torch._utils._rebuild_tensor_v2": load.tensor,
-        "torch._utils._rebuild_parameter": load.parameter,
-    }
-    return describe(read_exactly(stream, start + offset, size, what), what, allowed, load.storage)
+    return Archive(path, start, what, records, read(offset, size))
+
+
+def _reader(stream: BinaryIO, start: int, length: int, what: str) -> Callable[[int, int], bytes]:
+    """Reads parts of ``start .. start + length``, never beyond; a small range is read once, as a whole."""
+    whole = read_exactly(stream, start, length, what) if length <= _SMALL_ARCHIVE else None
+
+    def read(offset: int, count: int) -> bytes:
+        if offset + count > length:
+            raise ValueError(f"{what} is truncated: {count} bytes expected at {offset}, it has {length}")
+        return read_exactly(stream, start + offset, count, what) if whole is None else whole[offset : offset + count]
+
+    return read
 
 
 class _StorageLoader:
     """Stands for torch's storages and for the function that makes tensors of them."""
 
-    def __init__(self, path: Path, start: int, records: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, path: Path, start: int, records: Mapping[str, Extent]) -> None:
         self.path = path
         self.start = start
         self.records = records
 
     def storage(self, identity: Any) -> StoredTensor:
-        kind, storage_type, key, _, count = identity
+        if type(identity) is not tuple or len(identity) != 5:
+            raise Refused("a persistent id that is not one of a storage")
+        kind, storage_type, key, location, count = identity
         dtype = STORAGE_DTYPES.get(storage_type.name) if isinstance(storage_type, Name) else None
-        if kind != "storage" or dtype is None or not isinstance(key, str) or type(count) is not int or count < 0:
-            raise ValueError(f"not the description of a storage: {kind!r}, {key!r}")
+        if kind != "storage" or dtype is None or type(key) is not str or type(count) is not int or count < 0:
+            raise Refused("a persistent id that is not one of a storage")
+        if type(location) is not str or not _DEVICE.fullmatch(location):
+            raise Refused("a storage on something else than a device")
         offset, size = self.records.get(f"data/{key}", (0, -1))
         if size != count * dtype.itemsize:
             raise ValueError(f"storage {key} has {size} bytes where {count} elements of {dtype} are announced")
@@ -154,20 +208,30 @@ class _StorageLoader:
     def tensor(
         self, storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any
     ) -> StoredTensor:
-        if not isinstance(storage, StoredTensor) or len(storage.shape) != 1 or hooks != {}:
-            raise ValueError("a tensor without a storage, or with hooks")
-        if any(type(size) is not int or size < 0 for size in (offset, *shape, *stride)) or len(shape) != len(stride):
-            raise ValueError(f"a tensor at {offset} of shape {shape} and stride {stride}")
+        if not isinstance(storage, StoredTensor) or len(storage.shape) != 1 or type(requires_grad) is not bool:
+            raise Refused("a tensor without a storage")
+        if not isinstance(hooks, dict) or hooks:
+            raise Refused("a tensor with hooks")
+        if not all(_are_sizes(sizes) for sizes in ((offset,), shape, stride)) or len(shape) != len(stride):
+            raise Refused("a tensor whose place, shape and stride are not numbers")
         reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        if math.prod(shape) and offset + reach > storage.shape[0]:
-            raise ValueError(f"a tensor of shape {shape} at {offset} exceeds its storage of {storage.shape[0]}")
+        if math.prod(shape) and max(offset + reach, math.prod(shape)) > storage.shape[0]:
+            raise Refused(f"a tensor of shape {shape} at {offset} exceeds its storage of {storage.shape[0]}")
         position = storage.offset + offset * storage.dtype.itemsize
         return StoredTensor(storage.path, position, storage.dtype, tuple(shape), _is_contiguous(shape, stride))
 
     def parameter(self, data: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
-        if not isinstance(data, StoredTensor) or hooks != {}:
-            raise ValueError("a parameter without a tensor, or with hooks")
+        if not isinstance(data, StoredTensor) or type(requires_grad) is not bool:
+            raise Refused("a parameter without a tensor")
+        if not isinstance(hooks, dict) or hooks:
+            raise Refused("a parameter with hooks")
         return data
+
+
+def _are_sizes(values: Any) -> bool:
+    if type(values) is not tuple or len(values) > _DIMENSIONS_LIMIT:
+        return False
+    return all(type(value) is int and 0 <= value < 1 << 48 for value in values)
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -176,77 +240,3 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
         return True
     needed = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return all(size == 1 or step == wanted for size, step, wanted in zip(shape, stride, needed, strict=True))
-
-
-def _records(stream: BinaryIO, length: int, what: str) -> dict[str, tuple[int, int]]:
-    """Offset and size of every record of torch's zip, by name without the root folder."""
-    stream.seek(max(length - _END_RECORD_BYTES, 0))
-    if stream.read(len(_END_RECORD_MAGIC)) != _END_RECORD_MAGIC:
-        raise ValueError(
-            f"{what} is not a file of torch.save (torch >= 1.6), or is truncated: no zip directory at its end"
-        )
-    try:
-        archive = zipfile.ZipFile(stream)
-        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
-        raise ValueError(f"{what} is not a file of torch.save (torch >= 1.6), or is truncated: {error}") from error
-    records: dict[str, tuple[int, int]] = {}
-    roots, end = set(), 0
-    for entry in entries:
-        match = _RECORD.fullmatch(entry.orig_filename)
-        if match is None or entry.orig_filename != entry.filename:
-            raise ValueError(f"{what} holds {entry.orig_filename!r}, which torch.save does not write")
-        name = entry.filename.split("/", 1)[1]
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise ValueError(f"{what}: {entry.filename} is compressed or encrypted, which torch.save does not do")
-        if name in records:
-            raise ValueError(f"{what} holds {entry.filename!r} twice")
-        # Only the first record starts at the very beginning; each lies behind the one before it.
-        if entry.header_offset < end or (not records and entry.header_offset != 0):
-            raise ValueError(f"{what}: {entry.filename} overlaps another record or does not start the file")
-        offset = _data_offset(stream, entry, what)
-        end = offset + entry.file_size
-        records[name] = (offset, entry.file_size)
-        roots.add(match["root"])
-    if len(roots) != 1 or archive.comment or end > archive.start_dir or archive.start_dir > length:
-        raise ValueError(f"{what} has a zip directory that torch.save does not write")
-    return records
-
-
-def _data_offset(stream: BinaryIO, entry: zipfile.ZipInfo, what: str) -> int:
-    header = read_exactly(stream, entry.header_offset, _LOCAL_HEADER_BYTES, what)
-    name_length, extra_length = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-    name = stream.read(name_length)
-    if header[:4] != _LOCAL_HEADER_MAGIC or name != entry.orig_filename.encode() or header[8:10] != b"\0\0":
-        raise ValueError(f"{what}: the header of {entry.filename} contradicts the directory of the file")
-    return entry.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length
-
-
-class _Slice(io.RawIOBase):
-    """A range of an open file, as a file of its own."""
-
-    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
-        self._stream, self._start, self._length, self._position = stream, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise ValueError("negative position")
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._length - self._position, 0)
-        self._stream.seek(self._start + self._position)
-        data = self._stream.read(left if size is None or size < 0 else min(size, left))
-        self._position += len(data)
-        return data

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_dmc.checkpoint.bounded import read_json
 from megatron_dmc.checkpoint.safetensors_file import read_safetensors_header
 from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file
 from megatron_dmc.models.tensors import check_names
+from megatron_dmc.support.files import read_json
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

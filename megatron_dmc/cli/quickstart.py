@@ -87,11 +87,13 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 def _check_model(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuse a model that is no Llama, or that this machine cannot train."""
     from megatron_dmc.models.hugging_face import parse_hf_config
+    from megatron_dmc.models.megatron import refuse_for_stock
     from megatron_dmc.recipes.estimate import estimate, measure_peak_flops, refuse_what_cannot_fit
 
     config, dmc = parse_hf_config(args.hf_model)
     if dmc is not None:
-        raise ValueError(f"{args.hf_model} is compressed already: give a plain Llama")
+        raise ValueError(f"{args.hf_model} is compressed already: give a plain model")
+    refuse_for_stock(config)  # the control is Megatron's own model
     if recipe.seq_length > config.max_position_embeddings:
         raise ValueError(f"--seq-length {recipe.seq_length}: the model reads at most {config.max_position_embeddings}")
     needed = estimate(config, recipe, measure_peak_flops())

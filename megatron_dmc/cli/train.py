@@ -50,8 +50,8 @@ def _print_help() -> None:
         prog="megatron-dmc train",
         description="Runs or continues one stage. Takes every flag of Megatron's pretraining (such as "
         "--tensor-model-parallel-size, --micro-batch-size, --train-iters, --lr) and those below. The shape of the "
-        "model comes from --pretrained-checkpoint; a run continues when --save holds its checkpoint. --train-iters must "
-        "be given; what else every run needs has usual values, which are printed.",
+        "model comes from --pretrained-checkpoint; a run continues when --save holds its checkpoint. --train-iters "
+        "must be given; what else every run needs has usual values, which are printed.",
         allow_abbrev=False,
     )
     parser.add_argument("--pretrained-checkpoint", metavar="DIR", help="weights to start from, imported or of a stage")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from tokenize import TokenError
+from typing import BinaryIO
 
 import numpy as np
 
@@ -12,11 +16,14 @@ from megatron_dmc.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.data.tokenizer.base import JSON_FILE, MODEL_FILE
 from megatron_dmc.data.tokenizer.config import read_tokenizer_config
-from megatron_dmc.support.files import sha256_file
+from megatron_dmc.support.files import open_regular, sha256_file
 from megatron_dmc.support.findings import Finding
 
 TOKENS_AT_ONCE = 1 << 24
 PREPARE_AGAIN = "prepare the data again"
+# What NumPy says of a header that is not its own.
+_NO_HEADER = (ValueError, KeyError, TypeError, SyntaxError, TokenError, MemoryError, RecursionError)
+_REMEDY = "delete it, Megatron builds it again"
 PROBE = (
     "Once upon a time, in 1923, 3.14 x 10^-5 = 0.0000314.",
     "def f(x):\n    return [x + 1 for _ in range(10)]\n\n\tif x:\r\n",
@@ -120,20 +127,36 @@ def _tokenizer(path: Path, manifest: Manifest) -> Finding:
     return Finding(f"{path}", "failed", "is not the tokenizer of this data set", remedy)
 
 
-def _index(path: Path) -> Finding:
-    remedy = "delete it, Megatron builds it again"
+def check_index(path: Path) -> None:
+    """Raise ``ValueError`` for a file of Megatron's index cache that is not a whole array of integers.
+
+    Reads the header alone, without pickle; anything but a regular file is not opened.
+    """
+    with open_regular(path) as stream:
+        try:
+            shape, dtype = _array_header(stream)
+        except _NO_HEADER as error:
+            raise ValueError(f"{path} is not a NumPy array: {error!s:.200}; {_REMEDY}") from error
+        if dtype.kind not in "iu" or min(shape, default=0) < 0:
+            raise ValueError(f"{path} holds {dtype!s:.100} of shape {shape!s:.100}, an index holds integers; {_REMEDY}")
+        expected, size = stream.tell() + math.prod(shape) * dtype.itemsize, os.fstat(stream.fileno()).st_size
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes, its header asks for {expected}; {_REMEDY}")
+
+
+def _array_header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and element type of a file of ``numpy.save``."""
     readers: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype]]] = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
-    with open(path, "rb") as stream:
-        try:
-            shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
-        except (ValueError, KeyError) as error:
-            return Finding(str(path), "failed", f"is not a NumPy array: {error}", remedy)
-        if dtype.kind not in "iu":
-            return Finding(str(path), "failed", f"holds {dtype}, an index holds integers", remedy)
-        expected = stream.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if path.stat().st_size != expected:
-        return Finding(str(path), "failed", f"has {path.stat().st_size} bytes, its header asks for {expected}", remedy)
-    return Finding(str(path), "ok", f"{dtype} {list(shape)}")
+    shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    return shape, dtype
+
+
+def _index(path: Path) -> Finding:
+    try:
+        check_index(path)
+    except ValueError as error:
+        return Finding(str(path), "failed", str(error).removesuffix(f"; {_REMEDY}"), _REMEDY)
+    return Finding(str(path), "ok", "a whole array of integers")

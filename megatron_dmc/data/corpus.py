@@ -85,13 +85,17 @@ def user_corpus(paths: Sequence[Path | str], text_key: str = "text") -> Corpus:
     missing = [str(path) for path in inputs if not path.exists()]
     if missing:
         raise ValueError(f"not a file: {', '.join(missing)}: give text, JSONL or Parquet files, or folders of them")
-    found = [pair for path in inputs for pair in (_in_folder(path) if path.is_dir() else [(path, path.name)])]
-    others = [pair for path in inputs if path.is_dir() for pair in _in_folder(path, others=True)]
-    files, names = zip(*found, strict=True)
-    for path in files:
+    named: list[tuple[Path, str]] = []
+    left_out: list[str] = []
+    for path in inputs:
+        read, others = _in_folder(path) if path.is_dir() else ([(path, path.name)], [])
+        named += read
+        left_out += others
+    for path, _ in named:
         if needs_pyarrow(path):
             pyarrow(path)  # said before any file is read
-    return Corpus(files, text_key, names, tuple(name for _, name in others))
+    files, names = zip(*named, strict=True)
+    return Corpus(files, text_key, names, tuple(left_out))
 
 
 def python_source() -> Corpus:
@@ -109,17 +113,21 @@ def python_source() -> Corpus:
     return Corpus(tuple(path for _, path in sorted(named.items())), names=tuple(sorted(named)))
 
 
-def _in_folder(folder: Path, *, others: bool = False) -> list[tuple[Path, str]]:
-    """The files to read with their names, or the others. Hidden files are neither."""
-    named = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    seen = [
-        (path, f"{folder.name}/{name.as_posix()}")
-        for name, path in sorted(named.items(), key=lambda item: item[0].as_posix())
-        if not any(part.startswith(".") for part in name.parts) and (inner_suffix(path) in FOLDER_SUFFIXES) != others
-    ]
-    if not seen and not others:
+def _in_folder(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+    """The files to read with their names, and the names of the others. Hidden files are neither."""
+    read, others = [], []
+    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+        inside = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        name = f"{folder.resolve().name}/{inside.as_posix()}"
+        if inner_suffix(path) in FOLDER_SUFFIXES:
+            read.append((path, name))
+        else:
+            others.append(name)
+    if not read:
         raise ValueError(f"{folder} holds no file to read: {', '.join(FOLDER_SUFFIXES)}, also with .gz or .zst")
-    return seen
+    return read, others
 
 
 def _documents_of(path: Path, text_key: str, on_bad: OnBad | None) -> Iterator[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypedDict, cast, get_origin, get_type_hints
 
-from megatron_dmc.support.files import write_json
+from megatron_dmc.support.files import read_json, write_json
 
 SCHEMA_VERSION = 2
 _SINCE_2: dict[str, Any] = {"files": [], "num_bad_lines": 0}
@@ -52,11 +51,8 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
     path = manifest_path(Path(prefix))
     if not path.is_file():
         return None
-    try:
-        stored: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    version = stored.get("schema_version") if isinstance(stored, dict) else None
+    stored = read_json(path)
+    version = stored.get("schema_version")
     if version == 1:
         stored, version = {**_SINCE_2, **stored, "schema_version": SCHEMA_VERSION}, SCHEMA_VERSION
     if version != SCHEMA_VERSION:

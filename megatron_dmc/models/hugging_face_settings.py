@@ -31,14 +31,16 @@ FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
     # Biases.
     **dict.fromkeys(("attention_bias", "mlp_bias", "attention_out_bias", "qkv_bias", "use_qkv_bias"), _OFF),
     **dict.fromkeys(("use_bias", "bias", "add_bias_linear"), _OFF),
-    # Dropout: the model was trained to compute something else than it will.
+    # Dropout, which a retrofit does without.
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "residual_dropout", "embedding_dropout"), _ZERO),
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), _ZERO),
     # Positions.
-    **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rotary_percent", "rope_ratio"), _ONE),
+    **dict.fromkeys(
+        ("partial_rotary_factor", "rotary_pct", "rotary_percent", "rope_ratio", "rope_scaling_factor"), _ONE
+    ),
     **dict.fromkeys(("rope_interleaved", "rope_interleave", "rotary_interleaved", "alibi"), _OFF),
     **dict.fromkeys(("no_rope_layers", "no_rope_layer_interval"), (*_EMPTY, 0)),
-    "original_max_position_embeddings": _NONE,
+    **dict.fromkeys(("original_max_position_embeddings", "rope_scaling_type"), _NONE),
     # What a token sees.
     **dict.fromkeys(("sliding_window", "sliding_window_pattern", "attention_chunk_size"), _NONE),
     **dict.fromkeys(("use_sliding_window", "use_bidirectional_attention", "attn_temperature_tuning"), _OFF),
@@ -64,7 +66,7 @@ _HARMLESS = """
     use_cache return_dict output_attentions output_hidden_states output_scores return_dict_in_generate torchscript
     use_bfloat16 tf_legacy_loss chunk_size_feed_forward gradient_checkpointing initializer_range pretraining_tp
     attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-    _flash_attn_2_enabled use_flash_attn use_flash_attention use_flash_attention_2
+    _flash_attn_2_enabled use_flash_attn use_flash_attention use_flash_attention_2 use_sdpa
     max_window_layers max_sequence_length model_max_length router_aux_loss_coef output_router_logits
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id eod_token_id
     decoder_start_token_id forced_bos_token_id forced_eos_token_id

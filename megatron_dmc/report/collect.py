@@ -10,9 +10,10 @@ from typing import Any
 
 from megatron_dmc.report.curve import Curve, join, smoothed
 from megatron_dmc.report.quality import quality
+from megatron_dmc.runs.decisions import StageDecisions, read_decisions
 from megatron_dmc.runs.layout import DATA_FOLDER, EVALUATION_FOLDER, GENERATION_FILE, RUN_FILE
 from megatron_dmc.runs.metrics import StageMetrics, read_stages
-from megatron_dmc.stages import retrofit_order
+from megatron_dmc.stages import STAGES, find_stage, retrofit_order
 from megatron_dmc.support.files import read_json
 from megatron_dmc.support.findings import Finding
 
@@ -33,6 +34,7 @@ class RunFacts:
         evaluations: results of ``base``, ``control``, ``dmc``, as far as they exist.
         generation: text that was continued, and its cache; empty before.
         data: manifests of the splits; empty where unknown.
+        decisions: what every KV head decided over the compressing stages; None where it was not logged.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class RunFacts:
     evaluations: Mapping[str, Mapping[str, Any]]
     generation: Mapping[str, Any]
     data: Mapping[str, Any]
+    decisions: StageDecisions | None
 
     @property
     def name(self) -> str:
@@ -88,10 +91,27 @@ def collect(path: Path) -> RunFacts:
         evaluations={name: result for name, result in evaluations.items() if result},
         generation=_json(path / GENERATION_FILE),
         data={name: found for name in ("train", "test") if (found := _json(path / DATA_FOLDER / f"{name}.json"))},
+        decisions=_decisions(path, stages),
     )
     if not facts.stages and not facts.evaluations:
         raise ValueError(f"{path} holds no metrics and no evaluation: give the output directory of a run or of a stage")
     return facts
+
+
+def _decisions(path: Path, stages: list[StageMetrics]) -> StageDecisions | None:
+    """Those of the compressing stages behind one another."""
+    steps: list[int] = []
+    shares: list[list[list[float]]] = []
+    offset = 0
+    for stage in stages:
+        if stage.stage not in STAGES or not find_stage(stage.stage).compresses:
+            continue
+        found = read_decisions(path / stage.name if (path / stage.name).is_dir() else path)
+        if found is not None:
+            steps += [offset + step for step in found.steps]
+            shares += found.shares
+        offset += stage.length
+    return StageDecisions(steps, shares) if steps else None
 
 
 def final(stage: StageMetrics, key: str) -> float | None:

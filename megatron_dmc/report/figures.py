@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from megatron_dmc.report.curve import Curve, smoothed
@@ -70,10 +71,29 @@ def heat_map(path: Path, title: str, ratios_LG: Sequence[Sequence[float]]) -> No
             for head, ratio in enumerate(row):
                 color = "black" if scale(ratio) > 0.6 else "white"
                 axes.text(head, layer, f"{ratio:.1f}", ha="center", va="center", color=color, fontsize=9)
-    bar = figure.colorbar(image, ax=axes, label="tokens per cache entry\n(1 = uncompressed)")
-    doublings = [2**power for power in range(int(math.log2(max(highest, 2.0))) + 1)]
-    bar.set_ticks(doublings, labels=[str(ratio) for ratio in doublings])
-    bar.ax.minorticks_off()
+    _ratio_bar(figure, axes, image, highest)
+    _save(figure, path)
+
+
+def heads_figure(path: Path, title: str, steps: Sequence[int], ratios: Sequence[Sequence[Sequence[float]]]) -> None:
+    """Compression ratio of every KV head (rows, layer by layer) while training (columns), on a logarithmic scale."""
+    num_layers, num_heads = len(ratios[0]), len(ratios[0][0])
+    figure, axes = plt.subplots(
+        figsize=(WIDTH_INCHES, max(3.6, 1.6 + 0.09 * num_layers * num_heads)), layout="constrained"
+    )
+    _title(figure, title)
+    rows = [[step[layer][head] for step in ratios] for layer in range(num_layers) for head in range(num_heads)]
+    highest = max(max(row) for row in rows)
+    extent = (steps[0] - 0.5, steps[-1] + 0.5, num_layers * num_heads - 0.5, -0.5)
+    scale = LogNorm(vmin=1.0, vmax=max(highest, 2.0))
+    image = axes.imshow(rows, cmap="viridis", norm=scale, aspect="auto", extent=extent, interpolation="nearest")
+    middle = (num_heads - 1) / 2
+    axes.set_yticks([layer * num_heads + middle for layer in range(num_layers)], labels=map(str, range(num_layers)))
+    for layer in range(1, num_layers):
+        axes.axhline(layer * num_heads - 0.5, color="white", linewidth=0.5)
+    axes.set_ylabel("layer, and its KV heads below one another")
+    axes.set_xlabel("training steps since the start of compression")
+    _ratio_bar(figure, axes, image, highest)
     _save(figure, path)
 
 
@@ -94,6 +114,14 @@ def cache_figure(path: Path, title: str, tokens: Sequence[int], entries: Sequenc
     name = f"DMC: {entries[-1]:.0f} entries after {tokens[-1]} tokens"
     _label(axes, name, (tokens[-1], entries[-1]), (-8, 10), COMPRESSED, ha="right")
     _save(figure, path)
+
+
+def _ratio_bar(figure: Figure, axes: Axes, image: AxesImage, highest: float) -> None:
+    """A scale of ratios with a tick at every doubling."""
+    bar = figure.colorbar(image, ax=axes, label="tokens per cache entry\n(1 = uncompressed)")
+    doublings = [2**power for power in range(int(math.log2(max(highest, 2.0))) + 1)]
+    bar.set_ticks(doublings, labels=[str(ratio) for ratio in doublings])
+    bar.ax.minorticks_off()
 
 
 def _line(

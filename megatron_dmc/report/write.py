@@ -54,6 +54,11 @@ def _draw(facts: RunFacts, output: Path, prefix: str) -> list[str]:
         figures.training_figure(
             output / drawn[-1], "\n".join(words.training_findings(facts)), facts.retrofit, facts.control
         )
+    if facts.decisions is not None:
+        ratios = [[[1 / max(1 - share, 1e-3) for share in row] for row in step] for step in facts.decisions.shares]
+        drawn.append(f"{prefix}ratio_while_training.png")
+        title = "At the end of training: " + words.heat_map_title(ratios[-1])
+        figures.heads_figure(output / drawn[-1], title, facts.decisions.steps, ratios)
     decode = facts.evaluations.get("dmc", {}).get("decode")
     if decode is not None:
         ratios_LG = decode["compression_ratio_per_layer_and_kv_head"]

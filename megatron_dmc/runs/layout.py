@@ -13,6 +13,8 @@ LOCK_FILE = ".lock"
 
 METRICS_FILE = "metrics.jsonl"
 """In the directory of a stage: one JSON line per training step."""
+DECISIONS_FOLDER = "decisions"
+"""In the directory of a stage: what every KV head decided, one file per rank that has heads of its own."""
 OUTCOME_FILE = "outcome.json"
 """In the directory of a stage: how its last training ended."""
 LOG_FILE = "train.log"

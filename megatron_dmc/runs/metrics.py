@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON line per training step, each step once, also after a kill. Written and read here."""
+"""One JSON line per training step, each step once, also after a kill: ``metrics.jsonl``, written and read here."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MEASURED = ("lm_loss", "compression_loss", "measured_cr", "target_cr")
 
 
 class MetricsFile:
-    """Appends to ``metrics.jsonl`` in ``directory``.
+    """Appends lines to ``metrics.jsonl`` in ``directory``, or to a file of another name.
 
     A run that continues repeats the steps after its checkpoint: before the first line is added, old lines of later
     steps are dropped, and one that a kill has cut off.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / METRICS_FILE
+    def __init__(self, directory: Path, name: str = METRICS_FILE) -> None:
+        self._path = directory / name
         self._continues = False
 
     def add(self, line: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Megatron's moving parts: every change to its engine, by name, with a check of what is changed.
 
-Called once by entry points, after ``host.use_cpu()`` where there is no GPU. Nothing else of Megatron is patched.
+Called once by entry points, after ``host.use_cpu()`` where there is no GPU. ``unpickling`` routes what Megatron builds
+from files; nothing else of it is patched.
 """
 
 from __future__ import annotations

@@ -14,9 +14,12 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from megatron_dmc.support.errors import Refused
 
 HASH_BLOCK_BYTES = 1 << 22
 JSON_BYTES_LIMIT = 1 << 26
@@ -74,18 +77,48 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2, sort_keys=True) + "\n")
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; anything else (a pipe, a device, a socket, a folder) is not opened.
+
+    Raises:
+        ValueError: there is no regular file at ``path``, or it may not be read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise Refused(f"{path} is not a regular file: it is {kind_of(mode)}")
+        stream = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 -- the caller closes it
+    except OSError as error:
+        raise ValueError(f"{path} is missing or not a regular file ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise Refused(f"{path} is not a regular file any more")
+    return stream
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A pipe that took the place of the file must not stop this process."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def kind_of(mode: int) -> str:
+    """What a file is, in words."""
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((told for is_kind, told in kinds if is_kind(mode)), "a device")
+
+
 def read_bounded(path: Path, limit: int) -> bytes:
     """The bytes of a regular file of at most ``limit`` bytes.
 
     Raises:
         ValueError: the file is missing, not a regular file, or larger.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing or not a regular file")
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
+        if os.fstat(stream.fileno()).st_size > limit:
+            raise Refused(f"{path} is larger than the {limit} bytes that are allowed for it")
         data = stream.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"{path} is larger than the {limit} bytes that are allowed for it")
+        raise Refused(f"{path} is larger than the {limit} bytes that are allowed for it")
     return data
 
 

@@ -112,6 +112,11 @@ def add_dmc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--dmc-stop-file",
         help="save and leave after the step during which this file appears; remove it before the run continues",
     )
+    group.add_argument(
+        "--dmc-log-decisions",
+        action="store_true",
+        help="log per step what share of tokens each KV head merges, below --save; `report` draws it",
+    )
     add_model_arguments(group)
     parser.set_defaults(dmc_schema_version=SCHEMA_VERSION)
     return parser

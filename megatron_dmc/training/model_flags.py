@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_dmc.models.config import ModelConfig
@@ -13,14 +14,12 @@ from megatron_dmc.training.flag_parser import FlagParser
 def model_flags(config: ModelConfig) -> dict[str, str | None]:
     """Flags that build a model; None marks a switch. Raises ``ValueError`` where Megatron has no flag for it."""
     # No tokenizer is loaded for training: only the number of ids counts.
-    return {"--tokenizer-type": "NullTokenizer"} | _flags(
-        {setting: setting.value(config) for setting in ALL_SETTINGS if setting.flag is not None}
-    )
+    return {"--tokenizer-type": "NullTokenizer"} | _flags((setting, setting.value(config)) for setting in ALL_SETTINGS)
 
 
 def fixed_flags() -> dict[str, str | None]:
     """Flags that every model has, also one that is trained from scratch by Megatron's own flags."""
-    return _flags({setting: setting.default for setting in ALL_SETTINGS if setting.flag is not None and setting.fixed})
+    return _flags((setting, setting.default) for setting in ALL_SETTINGS if setting.fixed)
 
 
 def check_flags(argv: list[str], config: ModelConfig) -> None:
@@ -48,10 +47,11 @@ def add_model_arguments(parser: Any) -> None:
             parser.add_argument(setting.flag, type=kind, default=setting.default, help=text)
 
 
-def _flags(values: dict[Setting, Any]) -> dict[str, str | None]:
+def _flags(values: Iterable[tuple[Setting, Any]]) -> dict[str, str | None]:
     flags: dict[str, str | None] = {}
-    for setting, value in values.items():
-        assert setting.flag is not None
+    for setting, value in values:
+        if setting.flag is None:
+            continue
         if isinstance(value, bool):
             if value is setting.switch:
                 flags[setting.flag] = None

@@ -30,6 +30,7 @@ from megatron_dmc.training.arguments import (
 from megatron_dmc.training.data_flags import add_data_arguments, data_flags, data_sources
 from megatron_dmc.training.flag_parser import FlagParser
 from megatron_dmc.training.lengthening import lengthening
+from megatron_dmc.training.loading import Confinement, confine, refuse_loading_flags
 from megatron_dmc.training.megatron_words import failure, keep_traceback, refused_flags
 from megatron_dmc.training.model_flags import check_flags, fixed_flags, model_flags
 from megatron_dmc.training.run_defaults import add_run_arguments, run_flags, short_stage
@@ -47,6 +48,7 @@ class Run:
     Attributes:
         argv: all flags for Megatron's parser.
         start: where the run starts.
+        loading: what this process may load.
         save: directory of its checkpoints, or None.
         train_iters: length of the stage in steps; None where it is given in samples.
         stop_at_cr: ratio that ends the stage early, where one may.
@@ -54,6 +56,7 @@ class Run:
 
     argv: list[str]
     start: Start
+    loading: Confinement
     save: str | None
     train_iters: int | None
     stop_at_cr: float | None
@@ -70,6 +73,7 @@ def prepare(argv: list[str]) -> Run:
     Raises:
         ValueError: a flag, a base checkpoint or a data set that does not fit.
     """
+    refuse_loading_flags(argv)
     given = _read_own_flags(argv)
     settings = dmc_config_from_args(given)
     stage = find_stage(settings.stage)
@@ -83,7 +87,8 @@ def prepare(argv: list[str]) -> Run:
     from megatron_dmc.seam import megatron_compat
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
-    return Run(argv, start, given.save, given.train_iters, settings.stop_at_cr if stage.raises_target else None)
+    stop_at_cr = settings.stop_at_cr if stage.raises_target else None
+    return Run(argv, start, confine(start.checkpoint), given.save, given.train_iters, stop_at_cr)
 
 
 def train(argv: list[str], observer: Observer | None = None) -> Outcome:
@@ -226,27 +231,32 @@ def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_dmc.training.data_sets import build_data_sets
+    from megatron_dmc.training.decision_log import DecisionLog, both
     from megatron_dmc.training.forward_step import forward_step
     from megatron_dmc.training.metrics import watch_steps
 
     args, model_config = configure(run)
-    model_config.transformer.dmc_observer = observer
+    log = DecisionLog(Path(args.save)) if args.dmc_log_decisions and args.save else None
+    model_config.transformer.dmc_observer = both(observer, log)
     recorder, decision = watch_steps(args)
     # What holds if this process is killed.
     _record(run, Outcome(saved, args.train_iters or 0, Status.RUNNING))
     try:
-        pretrain(
-            cfg_container=pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_dataset_provider=build_data_sets,
-            model_type=ModelType.encoder_or_decoder,
-            forward_step_func=forward_step,
-        )
+        with run.loading.telling():
+            pretrain(
+                cfg_container=pretrain_cfg_container_from_args(args, model_config),
+                train_valid_test_dataset_provider=build_data_sets,
+                model_type=ModelType.encoder_or_decoder,
+                forward_step_func=forward_step,
+            )
     except SystemExit as left:
         # Megatron leaves with status 0 also when loading fails; 16 and 17 are its rerun machine's.
         if left.code not in (0, None):
             raise
     except Exception as error:
         raise _in_words(error, recorder.iteration, run.save) from error
+    if log is not None:
+        log.write()
     iteration = _check_saved(run.save, recorder.iteration)
     if iteration >= args.train_iters:
         return Outcome(iteration, args.train_iters, Status.COMPLETE)

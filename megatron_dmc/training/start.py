@@ -9,12 +9,15 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.runs.completeness import outcome_of
 from megatron_dmc.stages import OFF, find_stage
+
+if TYPE_CHECKING:
+    from megatron_dmc.checkpoint.guard import CheckedCheckpoint
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # What may differ between the start of a stage and its continuation.
@@ -30,6 +33,7 @@ class Start:
         resumes: continues its own stage from ``--save``.
         clears_rows: the borrowed rows must become zero before the first step.
         first_sample: where the stage starts in the training data; consumed samples of the checkpoint before it.
+        checkpoint: what Megatron may load, after it was checked; None: nothing.
         saved_arguments: of the run that is continued; empty for one that begins.
     """
 
@@ -37,6 +41,7 @@ class Start:
     resumes: bool
     clears_rows: bool = False
     first_sample: int = 0
+    checkpoint: CheckedCheckpoint | None = None
     saved_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -79,14 +84,15 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
             f"--pretrained-checkpoint {base}: no {TRACKER} there; give a directory written by "
             "`megatron-dmc convert import` or by a training stage"
         )
-    stored = _read(base)
+    checkpoint, stored = _read(base)
     base_stage = find_stage(stored.dmc.stage) if stored.dmc else OFF
     stage = find_stage(settings.stage)
     stage.check_base(base_stage, base)
     if stored.dmc is not None:
         _check_finished(base, base_stage.name, saved, stored.args.get("train_iters"))
     consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage is not OFF else 0
-    return Start(stored.config, resumes=False, clears_rows=stage.clears_rows(base_stage), first_sample=consumed)
+    clears_rows = stage.clears_rows(base_stage)
+    return Start(stored.config, False, clears_rows, first_sample=consumed, checkpoint=checkpoint)
 
 
 def _check_finished(base: str, stage: str, iteration: int, train_iters: int | None) -> None:
@@ -99,17 +105,20 @@ def _check_finished(base: str, stage: str, iteration: int, train_iters: int | No
         )
 
 
-def _read(directory: str) -> Any:
-    """Settings stored in a checkpoint, after everything that Megatron will unpickle has been scanned."""
-    from megatron_dmc.checkpoint.guard import check_checkpoint
+def _read(directory: str) -> tuple[CheckedCheckpoint, Any]:
+    """What Megatron will load, after it was checked, and the settings stored in it."""
+    from megatron_dmc.checkpoint.guard import examine
     from megatron_dmc.checkpoint.saved_arguments import read_saved_arguments
 
-    check_checkpoint(Path(directory))
-    return read_saved_arguments(Path(directory))
+    checkpoint = examine(directory)
+    location = checkpoint.location
+    if location.directory == location.root:
+        raise ValueError(f"{directory} is a published release: bring it into Megatron's layout with `convert` first")
+    return checkpoint, read_saved_arguments(Path(directory))
 
 
 def _resume(settings: DMCConfig, save: str) -> Start:
-    stored = _read(save)
+    checkpoint, stored = _read(save)
     saved = stored.dmc or DMCConfig(stage=OFF.name)
     different = [
         f"dmc_{field.name}: {getattr(saved, field.name)!r} there, {getattr(settings, field.name)!r} here"
@@ -123,4 +132,10 @@ def _resume(settings: DMCConfig, save: str) -> Start:
             + "\ngive the same settings to continue it, or another --save"
         )
     first_sample = int(stored.args.get("dmc_first_sample") or 0)
-    return Start(stored.config, resumes=True, first_sample=first_sample, saved_arguments=stored.args)
+    return Start(
+        stored.config,
+        resumes=True,
+        first_sample=first_sample,
+        checkpoint=checkpoint,
+        saved_arguments=stored.args,
+    )

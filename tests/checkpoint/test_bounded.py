@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_dmc.checkpoint.bounded import confined, parse_json, read_bounded
+from megatron_dmc.checkpoint.bounded import confined
+from megatron_dmc.support.files import parse_json, read_bounded
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,8 @@ def test_a_link_must_not_lead_out(tmp_path):
 
 
 def test_the_cache_of_hugging_face_links_to_its_blobs(tmp_path):
-    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    model = tmp_path / "models--org--name"
+    snapshot, blobs = model / "snapshots" / "abc", model / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "123").write_text("x")

@@ -21,7 +21,7 @@ def chat_model(tmp_path, tokenizer_directory):
     """A model with every file that a tokenizer may have."""
     directory = write_model(tmp_path / "hf")
     for name in COMPANION_NAMES:
-        (directory / name).write_text(json.dumps({"of": name}))
+        (directory / name).write_text(json.dumps({name: 360}))  # also a token that was added behind the others
     shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
     return directory
 

@@ -45,3 +45,25 @@ def test_directories_without_a_checkpoint(tmp_path):
         locate(tmp_path / "absent")
     with pytest.raises(ValueError, match="holds no checkpoint"):
         locate(tmp_path)
+
+
+def test_the_tracker_decides_where_it_lies_inside_an_iteration(torch_dist):
+    """Megatron, told to load this folder, would follow the tracker in it."""
+    (torch_dist / "latest_checkpointed_iteration.txt").write_text("3")
+    with pytest.raises(ValueError, match=r"beside latest_checkpointed_iteration.txt, which names iter_0000003"):
+        locate(torch_dist)
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "common.pt", "__0_0.distcp", "mp_rank_00"])
+def test_parts_beside_a_tracker_that_names_a_folder_are_refused(torch_dist, name):
+    (torch_dist.parent / name).mkdir()
+    with pytest.raises(ValueError, match="which of the two"):
+        locate(torch_dist.parent)
+
+
+def test_metadata_json_decides_over_ranks_as_it_does_for_megatron(torch_dist):
+    (torch_dist / "mp_rank_00").mkdir()
+    assert locate(torch_dist).format == TORCH_DIST
+    (torch_dist / ".metadata").unlink()
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        locate(torch_dist.parent)

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dmc.checkpoint.allowed import ALLOWED
+from megatron_dmc.checkpoint.pickles import describe
 from megatron_dmc.checkpoint.torch_file import StoredTensor, read_tensor, read_torch_file
+from tests.checkpoint.archives import Record, archive_of, records_of
 
 
 @pytest.fixture
@@ -66,65 +69,137 @@ def test_the_old_format_of_torch_is_refused(tmp_path):
         read_torch_file(path)
 
 
-def _rewritten(source: Path, target: Path, change) -> Path:
-    """Copy an archive record by record; ``change(name, data)`` gives the records to write instead."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for entry in old.infolist():
-            for name, data, compression in change(entry.filename, old.read(entry)):
-                new.writestr(name, data, compress_type=compression)
-    return target
+def _changed(path: Path, change) -> Path:
+    """The archive at ``path``, put together again after ``change(records)``, which may return options."""
+    records = records_of(path.read_bytes())
+    options = change(records)
+    path.write_bytes(archive_of(records, **(options if isinstance(options, dict) else {})))
+    return path
 
 
-STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+def _named(records: list[Record], name: str) -> Record:
+    return next(record for record in records if record.name.endswith("/" + name))
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda name, data: [(name, data, DEFLATED)], "compressed"),
-        (lambda name, data: [(name, data, STORED)] * (2 if name.endswith("data.pkl") else 1), "twice"),
-        (lambda name, data: [(name, data, STORED), ("state/constants.pkl", b"x", STORED)], "constants"),
-        (lambda name, data: [(name, data, STORED), ("other/data.pkl", data, STORED)], "other|twice"),
-        (lambda name, data: [(name.upper() if "pkl" in name else name, data, STORED)], "DATA.PKL"),
-        (lambda name, data: [(name, data[:-4] if name.endswith("data/0") else data, STORED)], "announced"),
-        (lambda name, data: [(name, b"big" if name.endswith("byteorder") else data, STORED)], "big-endian"),
-        (lambda name, data: [] if name.endswith("data.pkl") else [(name, data, STORED)], "pickle"),
-        (lambda name, data: [] if name.endswith("data/0") else [(name, data, STORED)], "announced"),
-    ],
-    ids=[
-        "compressed",
-        "duplicate",
-        "TorchScript",
-        "two roots",
-        "case",
-        "short storage",
-        "big-endian",
-        "no pickle",
-        "no data",
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_archives_that_torch_does_not_write_are_refused(saved, tmp_path, change, told):
+def _with(name: str, **changes):
+    def change(records):
+        for attribute, value in changes.items():
+            setattr(_named(records, name), attribute, value)
+
+    return change
+
+
+def _add(name: str, data: bytes):
+    return lambda records: records.append(Record(name, data))
+
+
+def _remove(name: str):
+    return lambda records: records.remove(_named(records, name))
+
+
+def _cut(records):
+    storage = _named(records, "data/0")
+    storage.data = storage.data[:-4]
+
+
+CENTRAL, HEADER = {"method": 10, "flags": 8, "size": 24, "checksum": 16, "place": 42}, {"method": 8, "flags": 6}
+DEVIATIONS = {
+    "compressed": (_with("data.pkl", entry={CENTRAL["method"]: ("H", 8)}), "compression_method 8"),
+    "compressed in the header": (_with("data.pkl", local={HEADER["method"]: ("H", 8)}), "compression_method 8"),
+    "encrypted": (_with("data.pkl", entry={CENTRAL["flags"]: ("H", 0x809)}), "encrypted"),
+    "another size": (_with("data.pkl", entry={CENTRAL["size"]: ("L", 9)}), "compressed_size"),
+    "another checksum": (_with("data.pkl", entry={CENTRAL["checksum"]: ("L", 9)}), "descriptor"),
+    "another place": (_with("version", entry={CENTRAL["place"]: ("L", 0)}), "lies over another record"),
+    "sizes in the header": (_with("data.pkl", local={18: ("L", 9)}), "compressed_size"),
+    "another name in the header": (_with("data.pkl", local_name="state/data.pkX"), "its name"),
+    "another descriptor": (_with("data.pkl", descriptor=b"PK\7\x08" + b"x" * 12), "descriptor"),
+    "no descriptor": (_with("data.pkl", descriptor=b""), "descriptor"),
+    "a comment of a record": (_with("data.pkl", comment=b"x"), "comment_length 1"),
+    "an extra field in the directory": (_with("data.pkl", entry_extra=b"ab\0\0"), "extra_length"),
+    "another extra field": (_with("data.pkl", extra=b"ab\0\0"), "extra field"),
+    "padding that is not padding": (_with("data.pkl", extra=b"FB\4\0hide"), "extra field"),
+    "a gap": (_with("version", before=b"x"), "does not follow"),
+    "bytes in front": (_with("data.pkl", before=b"x"), "starts at 1"),
+    "bytes in front of the directory": (lambda records: {"between": b"x" * 9}, "the records end at"),
+    "bytes behind the directory": (lambda records: {"directory_tail": b"x"}, "belong to no entry"),
+    "a record that is not listed": (_with("version", listed=False), "does not follow"),
+    "a comment": (lambda records: {"comment": b"PK\5\6"}, "does not end as|do not cover"),
+    "a shifted directory": (lambda records: {"shift": 1}, "do not cover"),
+    "another number of entries": (lambda records: {"end": {8: ("H", 1)}}, "contradict"),
+    "another directory in the old record": (lambda records: {"end": {16: ("L", 64)}}, "contradict"),
+    "another end record": (lambda records: {"locator": {8: ("Q", 0)}}, "contradict"),
+    "two disks": (lambda records: {"locator": {16: ("L", 2)}}, "contradict"),
+    "a longer end record": (lambda records: {"end64": {4: ("Q", 60)}}, "contradict"),
+    "the same name twice": (_add("state/data.pkl", b"x"), "twice"),
+    "TorchScript": (_add("state/constants.pkl", b"x"), "constants"),
+    "code": (_add("state/code/x.py", b"x"), "code"),
+    "another root": (_add("other/data/7", b"x"), "root folders"),
+    "a name in capitals": (_add("state/DATA.PKL", b"x"), "DATA.PKL"),
+    "a name with a zero": (_add("state/data.pkl\0x", b"x"), "does not write"),
+    "a path": (_add("../data.pkl/x", b"x"), "does not write"),
+    "no pickle": (_remove("data.pkl"), "pickle"),
+    "no data": (_remove("data/0"), "announced"),
+    "short data": (_cut, "announced"),
+    "big-endian": (_with("byteorder", data=b"big"), "big-endian"),
+}
+
+
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_archives_that_torch_does_not_write_are_refused(saved, name):
+    change, told = DEVIATIONS[name]
     with pytest.raises(ValueError, match=told):
-        read_torch_file(_rewritten(saved, tmp_path / "changed.pt", change))
+        read_torch_file(_changed(saved, change))
 
 
-def test_an_archive_behind_other_bytes_is_refused(saved, tmp_path):
-    """Another reader could take the bytes in front for the archive."""
-    path = tmp_path / "prefixed.pt"
-    path.write_bytes(b"x" * 100 + saved.read_bytes())
-    with pytest.raises(ValueError, match=r"start|contradicts|directory"):
-        read_torch_file(path)
-    path.write_bytes(saved.read_bytes() + b"trailing bytes")
-    with pytest.raises(ValueError, match=r"not a file|directory"):
-        read_torch_file(path)
+def test_putting_together_again_changes_nothing(saved):
+    before = saved.read_bytes()
+    assert _changed(saved, lambda records: None).read_bytes() == before
 
 
-def test_an_archive_with_a_comment_is_refused(saved):
-    with zipfile.ZipFile(saved, "a") as archive:
-        archive.comment = b"PK\x05\x06 another directory"
-    with pytest.raises(ValueError, match=r"directory|contradicts|does not write"):
-        read_torch_file(saved)
+def test_zips_of_other_writers_are_refused(saved, tmp_path):
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(tmp_path / "other.pt", "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(ValueError, match="not a file of torch.save"):
+        read_torch_file(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("name", ["state.pt", "stream.pt"])
+@pytest.mark.parametrize("version", ["2.1.2", "2.5.1", "2.13.0", "2.15.0"])
+def test_archives_of_other_releases_are_read(version, name):
+    path = Path(__file__).parent / "written_by_torch" / version / name
+    described, loaded = read_torch_file(path), torch.load(path, weights_only=False)
+    assert described["args"].state["name"] == "llama"
+    for key, tensor in loaded["model"].items():
+        assert torch.equal(described["model"][key].read(), tensor)
+    assert described["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("version", ["2.13.0", "2.15.0"])
+def test_metadata_of_other_releases_is_described(version):
+    path = Path(__file__).parent / "written_by_torch" / version / "distributed" / ".metadata"
+    assert describe(path.read_bytes(), str(path), ALLOWED).state["state_dict_metadata"].keys() == {"w", "half", "args"}
+
+
+def test_an_archive_beyond_four_gibibytes_is_read(tmp_path):
+    """Sizes and places that need zip64 fields; the data is a hole in the file."""
+    path = tmp_path / "large.pt"
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        state = {"large": torch.empty((1 << 32) + 100, dtype=torch.uint8), "behind": torch.empty(3)}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(state, path)
+    described = read_torch_file(path)
+    assert described["large"].nbytes == (1 << 32) + 100
+    assert described["behind"].offset > 1 << 32
+    assert described["behind"].read().shape == (3,)
+
+
+def test_bytes_around_an_archive_are_refused(saved):
+    whole = saved.read_bytes()
+    for data in (b"x" * 100 + whole, whole + b"trailing bytes", whole + whole):
+        saved.write_bytes(data)
+        with pytest.raises(ValueError, match=r"not a file|do not cover"):
+            read_torch_file(saved)
 
 
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path):

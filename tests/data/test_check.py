@@ -1,11 +1,14 @@
 """`data check` finds what is wrong, and says what to do."""
 
+import os
+import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_dmc.data.check import check_cache, check_data_set, check_tokenizers_agree
+from megatron_dmc.data.check import check_cache, check_data_set, check_index, check_tokenizers_agree
 from megatron_dmc.data.indexed import IndexedTokens, IndexedWriter
 from megatron_dmc.data.manifest import read_manifest, write_manifest
 from megatron_dmc.data.prepare import Split, prepare_directory
@@ -98,3 +101,55 @@ def test_no_index_cache(tmp_path):
 def test_checking_reads_the_real_data(prefix):
     data = IndexedTokens(prefix)
     assert any(f"{len(data)} documents" in finding.detail for finding in check_data_set(prefix))
+
+
+def _header(text: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def _array(kind: bytes, shape: bytes) -> bytes:
+    return _header(b"{'descr': '%s', 'fortran_order': False, 'shape': %s}" % (kind, shape))
+
+
+class _Touch:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+HOSTILE = {
+    "a plain pickle": lambda marker: pickle.dumps(_Touch(marker)),
+    "objects": lambda marker: (
+        _header(b"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + pickle.dumps([_Touch(marker)])
+    ),
+    "an archive": lambda marker: b"PK\3\4" + bytes(40),
+    "fields of objects": lambda marker: _header(b"{'descr': [('x', '|O')], 'fortran_order': False, 'shape': (1,)}"),
+    "a program": lambda marker: _header(b"__import__('os').system('x')"),
+    "a large shape": lambda marker: _array(b"<i8", b"(1000000000000,)"),
+    "a negative shape": lambda marker: _array(b"<i8", b"(-1, -2)") + bytes(16),
+    "deep brackets": lambda marker: _header(b"(" * 9000),
+    "a long header": lambda marker: _header(b" " * 65000),
+    "text": lambda marker: _array(b"<U8", b"(1,)") + bytes(32),
+    "another version": lambda marker: b"\x93NUMPY\x09\x00" + bytes(20),
+    "nothing": lambda marker: b"",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_index_is_refused_and_nothing_runs(tmp_path, kind):
+    marker, path = tmp_path / "marker", tmp_path / "index.npy"
+    path.write_bytes(HOSTILE[kind](marker))
+    with pytest.raises(ValueError, match="delete it"):
+        check_index(path)
+    assert [finding.status for finding in check_cache(tmp_path)] == ["failed"]
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_an_index_that_is_no_file_is_not_opened(tmp_path, kind):
+    path = tmp_path / "index.npy"
+    {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        check_index(path)

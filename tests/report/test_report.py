@@ -178,3 +178,28 @@ def test_a_diverged_run_says_so_in_json_that_every_parser_reads(run, lost):
     assert next(stage for stage in facts["stages"] if stage["name"] == "retrofit")["last"]["lm_loss"] is None
     assert "The LM loss of retrofit is not finite from step 20 on." in (run / "report" / "report.md").read_text()
     assert [finding["status"] for finding in facts["quality"]].count("failed") == 1
+
+
+def write_decisions(run, stage, rank, first_head, layers, shares):
+    lines = [
+        {"step": step, "layers": {str(layer): {"first_head": first_head, "merged": merged} for layer in layers}}
+        for step, merged in enumerate(shares, start=1)
+    ]
+    (run / stage / "decisions").mkdir(exist_ok=True)
+    path = run / stage / "decisions" / f"rank_{rank:04d}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_what_heads_decide_is_put_together_from_all_ranks_and_stages(run, tmp_path):
+    """Two ranks of tensor parallelism times two pipeline stages; one of them has a step less."""
+    for rank, (head, layer) in enumerate([(0, 1), (1, 1), (0, 2), (1, 2)]):
+        write_decisions(run, "retrofit", rank, head, [layer], [[0.5]] * (6 if rank else 5))
+        write_decisions(run, "consolidate", rank, head, [layer], [[0.25 * (rank == 3) + 0.5]])
+    facts = collect(run)
+    assert facts.decisions.steps == [1, 2, 3, 4, 5, 7]
+    assert facts.decisions.shares[-1] == [[0.5, 0.5], [0.5, 0.75]]
+    assert main(["report", str(run), "--output", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "ratio_while_training.png").stat().st_size > 10_000
+    (run / "retrofit" / "decisions" / "rank_0000.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="rank_0000.jsonl, line 1 holds no decisions of a step"):
+        collect(run)

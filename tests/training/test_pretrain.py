@@ -4,12 +4,13 @@ import pytest
 
 from megatron_dmc.runs.completeness import Outcome, Status, write_outcome
 from megatron_dmc.support.errors import InfrastructureError
+from megatron_dmc.training.loading import Confinement
 from megatron_dmc.training.pretrain import Run, _check_saved, _finished_before, _without, prepare
 from megatron_dmc.training.start import TRACKER, Start
 
 
 def run(save, train_iters=6, stop_at_cr=None):
-    return Run([], Start(None, resumes=True), str(save), train_iters, stop_at_cr)
+    return Run([], Start(None, resumes=True), Confinement(None), str(save), train_iters, stop_at_cr)
 
 
 @pytest.mark.parametrize(

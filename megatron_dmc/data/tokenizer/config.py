@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.checkpoint.bounded import read_json
+from megatron_dmc.support.files import read_json
 
 CONFIG_FILE = "tokenizer_config.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

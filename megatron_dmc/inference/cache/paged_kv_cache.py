@@ -2,7 +2,7 @@
 
 A head cache is the list of entries of one (layer, sequence, KV head). Heads of one sequence may have different lengths.
 Which entries new tokens write is the method's business (``megatron_dmc.methods``), and so is what :attr:`state` means;
-here are memory and books. A pass reserves its blocks before it starts, writes layer by layer, and is committed.
+here are memory and books. A pass reserves its blocks, writes layer by layer, and is committed.
 
 Legend: L layers, B sequences of a pass, G KV heads, T new tokens, D head dim, P entries per block (``block_size``),
 M blocks per head cache, E entries.
@@ -114,7 +114,7 @@ class PagedKVCache:
         """Give back the blocks and the rows of finished sequences. A row that is free already is the caller's fault."""
         self.rows.release(rows)
         rows_B = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self._release(rows_B, torch.zeros_like(self.held_blocks[:, rows_B]))
+        self._release(slice(None), rows_B, torch.zeros_like(self.held_blocks[:, rows_B]))
         self.cache_seqlens[:, rows_B] = 0
         for tensor in self.state.values():
             tensor[:, rows_B] = 0
@@ -124,13 +124,19 @@ class PagedKVCache:
     def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Take the blocks that ``counts`` new tokens need at most, each of them appended to every head cache.
 
+        A pool that grows takes those of several tokens layer by layer, while they are written: what a layer did not
+        need is there for the next one.
+
         Raises:
             OutOfBlocks: a pool of fixed size is too small. Nothing was taken.
         """
-        rows_B = torch.tensor(rows, device=self.device)
+        if not self._may_grow or max(counts) == 1:
+            self._reserve(slice(None), torch.tensor(rows, device=self.device), counts)
+
+    def _reserve(self, layers: slice, rows_B: Tensor, counts: Sequence[int]) -> None:
         count_B1 = torch.tensor(counts, dtype=torch.int32, device=self.device).unsqueeze(-1)
-        held_LBG = self.held_blocks[:, rows_B]
-        wanted_LBG = torch.maximum(held_LBG, self._num_blocks(self.cache_seqlens[:, rows_B] + count_B1))
+        held_LBG = self.held_blocks[layers, rows_B]
+        wanted_LBG = torch.maximum(held_LBG, self._num_blocks(self.cache_seqlens[layers, rows_B] + count_B1))
         missing = int((wanted_LBG - held_LBG).sum())
         if not missing:
             return
@@ -138,8 +144,8 @@ class PagedKVCache:
         self._widen(int(wanted_LBG.max()))
         column_M = self._columns()
         new_LBGM = (column_M >= held_LBG.unsqueeze(-1)) & (column_M < wanted_LBG.unsqueeze(-1))
-        self.block_table[:, rows_B] = self.block_table[:, rows_B].masked_scatter(new_LBGM, blocks)
-        self.held_blocks[:, rows_B] = wanted_LBG
+        self.block_table[layers, rows_B] = self.block_table[layers, rows_B].masked_scatter(new_LBGM, blocks)
+        self.held_blocks[layers, rows_B] = wanted_LBG
 
     def before(self, layer: int, step: Step) -> tuple[State, Tensor]:
         """State and int32 lengths [B, G] of the head caches of a pass in one layer."""
@@ -147,7 +153,9 @@ class PagedKVCache:
         return state, self.cache_seqlens[layer, step.rows_B]
 
     def write(self, layer: int, step: Step, update: Update) -> HeadCaches:
-        """Store what new tokens do to the head caches of one layer, in blocks that are reserved."""
+        """Store what new tokens do to the head caches of one layer; blocks that several did not need go back."""
+        if not step.decodes:
+            self._reserve(slice(layer, layer + 1), step.rows_B, step.counts)
         table_BGM, before_BG = self.block_table[layer, step.rows_B], self.cache_seqlens[layer, step.rows_B]
         end_TG = update.entry_TG + 1
         if step.decodes:
@@ -162,6 +170,7 @@ class PagedKVCache:
             self._store(slots, update.k_TGD[token, head], update.v_TGD[token, head])
             sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
             length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
+            self._release(slice(layer, layer + 1), step.rows_B, self._num_blocks(length_BG).unsqueeze(0))
         self.cache_seqlens[layer, step.rows_B] = length_BG
         return HeadCaches(self.k_blocks, self.v_blocks, table_BGM, before_BG, length_BG)
 
@@ -182,14 +191,13 @@ class PagedKVCache:
             entries = pool.flatten(0, 1)
             entries[to_BGE[kept_BGE]] = entries[from_BGE[kept_BGE]]
         self.cache_seqlens[layer, step.rows_B] = keep.length_BG
+        self._release(slice(layer, layer + 1), step.rows_B, self._num_blocks(keep.length_BG).unsqueeze(0))
         self.set_state(layer, step, keep.state)
 
     def commit(self, step: Step) -> None:
-        """End a pass: its tokens count, and the blocks that many new tokens did not need go back."""
+        """End a pass: its tokens count."""
         for row, count in zip(step.rows, step.counts, strict=True):
             self.num_tokens[row] += count
-        if not step.decodes:
-            self._release(step.rows_B, self._num_blocks(self.cache_seqlens[:, step.rows_B]))
 
     def check_integrity(self) -> None:
         """Compare lengths, tables and free lists. The message of the ``AssertionError`` is what does not hold."""
@@ -205,12 +213,12 @@ class PagedKVCache:
         stray = sorted(row for row in occupied if not self.rows.is_in_use(row))
         assert not stray, f"free rows that hold blocks: {stray} != []"
 
-    def _release(self, rows_B: Tensor, keep_LBG: Tensor) -> None:
+    def _release(self, layers: slice, rows_B: Tensor, keep_LBG: Tensor) -> None:
         """Give back the blocks of each head cache behind the first ``keep_LBG``."""
-        column_M, held_LBG1 = self._columns(), self.held_blocks[:, rows_B].unsqueeze(-1)
+        column_M, held_LBG1 = self._columns(), self.held_blocks[layers, rows_B].unsqueeze(-1)
         surplus_LBGM = (column_M >= keep_LBG.unsqueeze(-1)) & (column_M < held_LBG1)
-        self.blocks.release(self.block_table[:, rows_B][surplus_LBGM].tolist())
-        self.held_blocks[:, rows_B] = keep_LBG
+        self.blocks.release(self.block_table[layers, rows_B][surplus_LBGM].tolist())
+        self.held_blocks[layers, rows_B] = keep_LBG
 
     def _allocate(self, count: int) -> list[int]:
         missing = count - self.blocks.num_free

@@ -154,6 +154,23 @@ def test_a_growing_pool_holds_little_more_than_is_used():
     assert cache.blocks.total <= 1.5 * L * G * 100
 
 
+def test_a_prompt_takes_little_more_than_it_leaves():
+    """A pool that grows holds what was written and one layer's upper bound, not the uncompressed prompt."""
+    shape = CacheShape(num_layers=20, num_kv_heads=G, head_dim=D, dtype=torch.float32, block_size=P)
+    cache = PagedKVCache(shape, 1)
+    rows = cache.add_sequences(1)
+    step = Step(rows, [0], [400], torch.ones(D // 2))
+    entry_TG = torch.full((400, G), -1, dtype=torch.int32)
+    entry_TG[::8] = torch.arange(50, dtype=torch.int32).unsqueeze(-1)
+    cache.reserve(rows, step.counts)
+    for layer in range(20):
+        cache.write(layer, step, Update(torch.ones(400, G, D), torch.ones(400, G, D), entry_TG, {}))
+        cache.check_integrity()
+    cache.commit(step)
+    assert cache.blocks.num_in_use == 20 * G * 13
+    assert cache.blocks.total <= 1.5 * (20 * 13 + 100) * G
+
+
 def test_a_row_given_back_twice_is_a_fault_and_is_not_handed_out_twice():
     cache = PagedKVCache(SHAPE, 2)
     rows = cache.add_sequences(2)
