@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import random
+
+from megatron_dmc.cli import build_parser
 
 RIGHT = {
     "train": "train --dmc-stage zero_out --pretrained-checkpoint base --save run --train-data-path data/train "
@@ -83,7 +86,7 @@ def command_lines(count: int, seed: int) -> list[list[str]]:
 
 
 def _with_slips(words: list[str], kind: str, source: random.Random) -> list[str]:
-    extra = (MEGATRON if kind.startswith("train") else OTHERS).replace("\n", "|").split("|")
+    extra = MEGATRON.replace("\n", "|").split("|") if kind.startswith("train") else _taken_by(kind)
     first = 1 if kind.startswith(("train", "evaluate", "generate", "report")) else 2
     for _ in range(source.randint(1, 3)):
         at = source.randrange(first, len(words))
@@ -100,3 +103,12 @@ def _with_slips(words: list[str], kind: str, source: random.Random) -> list[str]
         else:
             words = words + words[at : at + 2]
     return words
+
+
+def _taken_by(kind: str) -> list[str]:
+    """Those of the other flags that a command has."""
+    parser: argparse.ArgumentParser = build_parser()
+    for name in kind.split():
+        parser = next(part.choices for part in parser._actions if isinstance(part.choices, dict))[name]
+    known = parser._option_string_actions
+    return [flags for flags in OTHERS.replace("\n", "|").split("|") if flags.split(" ")[0] in known]

@@ -55,7 +55,7 @@ def place(tmp_path_factory):
 @pytest.fixture
 def check(place, tmp_path):
     def checked(lines):
-        wrong = []
+        wrong, codes = [], set()
         for number, line in enumerate(lines):
             here, logs = tmp_path / "here", tmp_path / f"logs{number}"
             shutil.copytree(place, here)
@@ -64,7 +64,9 @@ def check(place, tmp_path):
             told = code == EXIT_DONE or "megatron-dmc" in "".join(said.splitlines(keepends=True)[-12:])
             if code not in CODES or "Traceback" in said or not told:
                 wrong.append(f"{code}: {line}\n{said[-1500:]}")
+            codes.add(code)
             shutil.rmtree(here)
+        assert {EXIT_DONE, EXIT_USER_ERROR} <= codes
         assert not wrong, f"{len(wrong)} of {len(lines)}:\n" + "\n\n".join(wrong)
 
     return checked
