@@ -19,7 +19,7 @@ def run_in(directory, arguments):
 
 
 def test_layout_the_commands_of_the_readme_run_one_after_the_other(tmp_path):
-    write_model(tmp_path / "Llama-2-7b-hf")
+    write_model(tmp_path / "Llama-2-7b-hf", max_position_embeddings=256)
     texts = [f"def step_{n}(x):\n    return x * {n} + {n * n}\n" for n in range(600)]
     Path(tmp_path, "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     quick_start = (ROOT / "README.md").read_text().partition("## Results")[0]
