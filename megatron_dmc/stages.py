@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+ZERO_OUT_STEPS = 250
+"""The published length ([DMC] section 4). In far fewer the model cannot learn to do without the channel: five steps
+raised the perplexity of SmolLM2-135M from 7.76 to 10.82 (measured with this package)."""
+
 
 def no_compression(step: int, stage_steps: int, final_cr: float) -> float:
     """The cache of an uncompressed model."""
@@ -38,6 +42,21 @@ def fading_neuron(step: int, stage_steps: int, zero_out_fraction: float) -> floa
 def no_neuron(step: int, stage_steps: int, zero_out_fraction: float) -> float:
     """The channel carries decisions and importance alone."""
     return 0.0
+
+
+def published_zero_out(final_cr: float) -> int:
+    """The same for every ratio."""
+    return ZERO_OUT_STEPS
+
+
+def published_retrofit(final_cr: float) -> int:
+    """6,000 steps per unit of the ratio above 1."""
+    return round(6000 * (final_cr - 1.0))
+
+
+def published_consolidate(final_cr: float) -> int:
+    """The same for every ratio."""
+    return 2000
 
 
 def accumulate_fraction(compression_ratio: float) -> float:
@@ -73,6 +92,8 @@ class Stage:
         target_cr: (step, length of the stage, final ratio) -> compression ratio that the loss asks for.
         neuron_scale: (step, length of the stage, ``zero_out_fraction``) -> factor of the borrowed channel.
         learning_rate: the published one ([DMC] section 4); None leaves it to Megatron's flags.
+        published_steps: final ratio -> published length ([DMC] section 4); None for a stage that has none.
+        harmless_steps: fewer are known to harm the model; 0 where none are.
     """
 
     name: str
@@ -83,6 +104,8 @@ class Stage:
     target_cr: Callable[[int, int, float], float] = no_compression
     neuron_scale: Callable[[int, int, float], float] = no_neuron
     learning_rate: LearningRate | None = None
+    published_steps: Callable[[float], int] | None = None
+    harmless_steps: int = 0
 
     def check_base(self, base: Stage, path: str) -> None:
         """Raise ``ValueError`` when this stage cannot start from ``path``, a checkpoint of ``base``."""
@@ -99,7 +122,14 @@ class Stage:
 
 OFF = Stage("off", follows=("off",), borrows_channel=False, neuron_scale=whole_neuron)
 """Megatron's own model: a plain Llama, and the control."""
-ZERO_OUT = Stage("zero_out", follows=("off",), neuron_scale=fading_neuron, learning_rate=LearningRate(3e-5, 3e-5))
+ZERO_OUT = Stage(
+    "zero_out",
+    follows=("off",),
+    neuron_scale=fading_neuron,
+    learning_rate=LearningRate(3e-5, 3e-5),
+    published_steps=published_zero_out,
+    harmless_steps=ZERO_OUT_STEPS,
+)
 RETROFIT = Stage(
     "retrofit",
     follows=("zero_out",),
@@ -107,6 +137,7 @@ RETROFIT = Stage(
     raises_target=True,
     target_cr=rising_ratio,
     learning_rate=LearningRate(3e-5, 3e-5),
+    published_steps=published_retrofit,
 )
 CONSOLIDATE = Stage(
     "consolidate",
@@ -114,6 +145,7 @@ CONSOLIDATE = Stage(
     compresses=True,
     target_cr=final_ratio,
     learning_rate=LearningRate(3e-5, 3e-6, "cosine"),
+    published_steps=published_consolidate,
 )
 
 STAGES: dict[str, Stage] = {}

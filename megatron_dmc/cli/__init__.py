@@ -24,6 +24,7 @@ from megatron_dmc.support.errors import (
 
 COMMANDS = ("quickstart", "doctor", "data", "convert", "train", "evaluate", "generate", "report")
 EXIT_INTERRUPTED = 130
+_WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(arguments)
         return args.run(args)
-    except ValueError as error:
+    except (ValueError, OverflowError, ImportError) as error:
         return _fail(error, EXIT_USER_ERROR)
     except CheckFailed as error:
         return _fail(error, EXIT_CHECK_FAILED)
@@ -69,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader went away (megatron-dmc ... | head): nothing to tell, and nothing may be flushed any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_USER_ERROR
+    except OSError as error:
+        return _fail(error, EXIT_USER_ERROR if isinstance(error, _WRONG_PATHS) else EXIT_INFRASTRUCTURE)
+    except MemoryError as error:
+        return _fail(f"memory is full {error}".rstrip(), EXIT_INFRASTRUCTURE)
     except KeyboardInterrupt:
         print("\nmegatron-dmc: interrupted; the same command continues where this one stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -81,6 +86,6 @@ def _print_any_text() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _fail(error: Exception, code: int) -> int:
-    print(f"megatron-dmc: {error}", file=sys.stderr)
+def _fail(error: Exception | str, code: int) -> int:
+    print(f"megatron-dmc: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
     return code

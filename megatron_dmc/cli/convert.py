@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -211,10 +210,11 @@ def _run_verify(args: argparse.Namespace) -> int:
 def _run_inspect(args: argparse.Namespace) -> int:
     from checkpoints_convert.inspect import inspect_checkpoint
     from megatron_dmc.support.errors import EXIT_CHECK_FAILED
+    from megatron_dmc.support.files import to_json
 
     inspection = inspect_checkpoint(args.path, hashes=not args.no_hashes, ignored_settings=args.ignore_setting)
     if args.json:
-        print(json.dumps({**inspection.facts, "problems": inspection.problems}, indent=2))
+        print(to_json({**inspection.facts, "problems": inspection.problems}, indent=2))
     else:
         print("\n".join(inspection.lines()))
     return EXIT_CHECK_FAILED if inspection.problems else 0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.cli.model_options import add_model_options, open_model, open_tokenizer
+from megatron_dmc.support.units import duration
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from megatron_dmc.evaluation.perplexity import Evaluation, PathResult
+    from megatron_dmc.evaluation.perplexity import Evaluation, PathResult, SoFar
 
 PATHS = ("teacher-forced", "decode", "both")
 
@@ -45,13 +46,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and insist that the paths agree."""
     from megatron_dmc.evaluation.perplexity import cut_sequences, evaluate
+    from megatron_dmc.support.files import to_json
     from megatron_dmc.support.progress import progress
 
     model, companions = open_model(args)
     tokens = _tokens(args, companions, model.config.vocab_size)
     sequences = cut_sequences(tokens, args.seq_length or model.config.max_position_embeddings, args.sequences)
     total = sequences.shape[0] * (sequences.shape[1] - 1)
-    with progress(f"evaluating {args.model.name}", total, "tokens") as advance:
+    watch = _Watch(len(sequences), total, args.path)
+    with progress(f"evaluating {args.model.name}", total, "tokens", note=watch.note) as advance:
         evaluation = evaluate(
             model,
             sequences,
@@ -60,15 +63,36 @@ def run(args: argparse.Namespace) -> int:
             prefill_length=args.prefill_length,
             block_size=args.block_size,
             advance=advance,
+            after_batch=watch,
         )
     if args.json:
         settings = model.settings.to_dict() if model.settings else None
-        print(json.dumps({"model": str(args.model), "dmc": settings, **evaluation.to_dict()}, indent=2))
+        print(to_json({"model": str(args.model), "dmc": settings, **evaluation.to_dict()}, indent=2))
     else:
         print("\n".join(_lines(evaluation)))
     if evaluation.agreement is not None:
         evaluation.agreement.require()
     return 0
+
+
+class _Watch:
+    """Says beforehand how much is read, after the first batch about how long it takes, and the perplexity so far."""
+
+    def __init__(self, num_sequences: int, num_tokens: int, path: str) -> None:
+        self._num_sequences = num_sequences
+        self._so_far: SoFar | None = None
+        by = "both paths" if path == PATHS[-1] else f"the path {path}"
+        print(f"{num_sequences:,} sequences, {num_tokens:,} tokens, by {by}", file=sys.stderr, flush=True)
+
+    def __call__(self, so_far: SoFar) -> None:
+        if self._so_far is None and so_far.num_sequences < self._num_sequences:
+            whole = so_far.seconds * self._num_sequences / so_far.num_sequences
+            print(f"the first batch says: about {duration(whole)} in all", file=sys.stderr, flush=True)
+        self._so_far = so_far
+
+    def note(self) -> str:
+        """The perplexity so far; empty before the first batch has ended."""
+        return f"perplexity so far {self._so_far.perplexity:.3f}" if self._so_far else ""
 
 
 def _tokens(args: argparse.Namespace, companions: Path, vocab_size: int) -> np.ndarray:

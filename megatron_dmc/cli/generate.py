@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_dmc.data.tokenizer.end_tokens import end_tokens
     from megatron_dmc.inference.cache.usage import CacheUsage
     from megatron_dmc.inference.engine import Engine
+    from megatron_dmc.support.files import to_json
 
     prompts = _prompts(args)
     model, companions = open_model(args)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     texts = _texts(requests, tokenizer)
     usage = CacheUsage.total([request.usage for request in requests if request.usage is not None])
     if args.json:
-        print(json.dumps(_result(args, zip(prompts, texts, requests, strict=True), tokenizer, ends, usage), indent=2))
+        print(to_json(_result(args, zip(prompts, texts, requests, strict=True), tokenizer, ends, usage), indent=2))
     else:
         for prompt, text in zip(prompts, texts, strict=True):
             print(prompt + text, end="\n\n")

@@ -6,9 +6,6 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from megatron_dmc.support.errors import EXIT_USER_ERROR
-
-ARGPARSE_USAGE = 2
 CONTINUES = ", which is saved: the same command continues"
 LOST = ", which is lost: only with --save a run continues"
 
@@ -35,12 +32,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from megatron_dmc.training.pretrain import train
 
-    try:
-        outcome = train(args.megatron_flags)
-    except SystemExit as left:
-        if left.code == ARGPARSE_USAGE:
-            return EXIT_USER_ERROR
-        raise
+    outcome = train(args.megatron_flags)
     if int(os.environ["RANK"]) == 0:
         remedy = CONTINUES if _saves(args.megatron_flags) else LOST
         print(f"stage {outcome}{'' if outcome.finished else remedy}", flush=True)
@@ -58,7 +50,8 @@ def _print_help() -> None:
         prog="megatron-dmc train",
         description="Runs or continues one stage. Takes every flag of Megatron's pretraining (such as "
         "--tensor-model-parallel-size, --micro-batch-size, --train-iters, --lr) and those below. The shape of the "
-        "model comes from --pretrained-checkpoint; a run continues when --save holds its checkpoint.",
+        "model comes from --pretrained-checkpoint; a run continues when --save holds its checkpoint. --train-iters "
+        "must be given; what else every run needs has usual values, which are printed.",
         allow_abbrev=False,
     )
     parser.add_argument("--pretrained-checkpoint", metavar="DIR", help="weights to start from, imported or of a stage")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class PathResult:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity_of(self.loss)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON."""
@@ -87,6 +88,28 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True)
+class SoFar:
+    """What is known in the course of an evaluation."""
+
+    num_sequences: int
+    perplexity: float
+    """Of the teacher-forced path where it is taken, else of decoding."""
+    seconds: float
+    """Of all paths."""
+
+    @staticmethod
+    def of(paths: Sequence[_Sums]) -> SoFar:
+        """From the sums of the paths taken, at least one."""
+        loss_N = torch.cat(paths[0].loss_N)
+        return SoFar(len(loss_N), perplexity_of(loss_N.mean().item()), sum(sums.seconds for sums in paths))
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), without an overflow."""
+    return math.exp(loss) if not loss >= 700 else math.inf
+
+
 def cut_sequences(tokens: np.ndarray, seq_length: int, num_sequences: int | None) -> Tensor:
     """Non-overlapping sequences from a stream of tokens, int64 [N, T].
 
@@ -120,6 +143,7 @@ def evaluate(
     prefill_length: int = 0,
     block_size: int = DEFAULT_BLOCK_SIZE,
     advance: Advance | None = None,
+    after_batch: Callable[[SoFar], None] | None = None,
 ) -> Evaluation:
     """Measure a model on sequences.
 
@@ -131,6 +155,7 @@ def evaluate(
         prefill_length: tokens of each sequence that decoding reads in one pass before it goes token by token.
         block_size: entries per block of the cache.
         advance: called with numbers of tokens as decoding (or else the teacher-forced path) goes on.
+        after_batch: called with what is known after each batch.
 
     Raises:
         ValueError: tokens outside the vocabulary, sequences longer than the model reads, a size out of range.
@@ -152,6 +177,8 @@ def evaluate(
             )
         if agreement is not None:
             agreement.add(whole_scores, decoded_scores)
+        if after_batch is not None:
+            after_batch(SoFar.of([sums for sums in (whole, decoded) if sums.loss_N]))
     return Evaluation(
         num_sequences=len(token_NT),
         seq_length=token_NT.shape[1] - 1,

@@ -14,11 +14,23 @@ from pathlib import Path
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.recipes.recipe import Recipe, data_flags, published
 from megatron_dmc.runs.layout import CACHE_FOLDER
-from megatron_dmc.stages import CONSOLIDATE, RETROFIT, ZERO_OUT
+from megatron_dmc.stages import (
+    CONSOLIDATE,
+    RETROFIT,
+    ZERO_OUT,
+    published_consolidate,
+    published_retrofit,
+    published_zero_out,
+)
 from megatron_dmc.support.errors import EXIT_USER_ERROR
 from megatron_dmc.training.arguments import flag_list
+from megatron_dmc.training.run_defaults import SAVE_INTERVAL
 
-PUBLISHED_STEPS = {ZERO_OUT: 250, RETROFIT: 18000, CONSOLIDATE: 2000}
+PUBLISHED_STEPS = {
+    ZERO_OUT: published_zero_out(4.0),
+    RETROFIT: published_retrofit(4.0),
+    CONSOLIDATE: published_consolidate(4.0),
+}
 """For a ratio of 4 ([DMC] section 4)."""
 
 REQUIRED = {
@@ -31,7 +43,7 @@ DEFAULTS = {
     "SEQ_LENGTH": "4096",
     "GLOBAL_BATCH_SIZE": "1024",
     "MICRO_BATCH_SIZE": "1",
-    "SAVE_INTERVAL": "500",
+    "SAVE_INTERVAL": str(SAVE_INTERVAL),
     "EVAL_ITERS": "0",
     **{f"{stage.name.upper()}_STEPS": str(steps) for stage, steps in PUBLISHED_STEPS.items()},
 }

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dmc.runs.layout import LOG_FILE
+from megatron_dmc.runs.layout import LOG_FILE, stage_directory
 from megatron_dmc.runs.metrics import steps_logged
 from megatron_dmc.support.errors import EXIT_UNFINISHED, EXIT_USER_ERROR, InfrastructureError
 from megatron_dmc.support.progress import progress
@@ -48,23 +48,32 @@ def run_stages(stages: Sequence[StageRun]) -> None:
         ValueError: a training refused its flags or input.
         InfrastructureError: one was interrupted, or ended in another way than finishing.
     """
-    name = " and ".join(stage.directory.name for stage in stages)
-    done = sum(stage.steps_done for stage in stages)
-    total = sum(stage.steps for stage in stages)
+    done, total = _steps_done(stages), max(stage.steps for stage in stages)
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(_started(stage, len(stages))) for stage in stages]
-        advance = stack.enter_context(progress(f"training {name}", total, "steps", done=done))
+        advance = stack.enter_context(progress(f"training {_names(stages)}", total, "steps", done=done))
         codes: list[int | None] = [None]
         # One that failed ends the others, with the block.
         while None in codes and not any(codes):
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            now = sum(stage.steps_done for stage in stages)
+            now = _steps_done(stages)
             advance(max(0, now - done))
             done = max(done, now)
             codes = [process.poll() for process in processes]
     for stage, code in zip(stages, codes, strict=True):
         if code:
             _fail(code, stage.directory / LOG_FILE)
+
+
+def _steps_done(stages: Sequence[StageRun]) -> int:
+    """Steps that all stages have done: they run side by side, and the work ends with the slowest."""
+    return min(stage.steps_done for stage in stages)
+
+
+def _names(stages: Sequence[StageRun]) -> str:
+    names = [stage.directory.name for stage in stages]
+    controlled = len(names) == 2 and names[1] == stage_directory(names[0], control=True)
+    return f"{names[0]} and its control" if controlled else " and ".join(names)
 
 
 @contextlib.contextmanager

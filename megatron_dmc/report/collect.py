@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from megatron_dmc.support.findings import Finding
 
 MODELS = ("base", "control", "dmc")
 STEPS_OF_A_FINAL_VALUE = 20
+FIGURES = ("perplexity", "loss", "loss_standard_error", "largest_log_prob_difference", "mean_log_prob_difference")
+"""What an evaluation measures of log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def collect(path: Path) -> RunFacts:
         ValueError: nothing that training or measuring writes is there, or a file is damaged.
     """
     stages = read_stages(path)
-    evaluations = {name: _json(path / EVALUATION_FOLDER / f"{name}.json") for name in MODELS}
+    evaluations = {name: _evaluation(path / EVALUATION_FOLDER / f"{name}.json") for name in MODELS}
     facts = RunFacts(
         path=path,
         run=_json(path / RUN_FILE),
@@ -115,6 +118,14 @@ def final(stage: StageMetrics, key: str) -> float | None:
     """Mean of ``key`` over the last steps of a stage; None where it was not logged."""
     values = [float(step[key]) for step in stage.steps if step.get(key) is not None]
     return smoothed(values, STEPS_OF_A_FINAL_VALUE)[-1] if values else None
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """One evaluation; where a model has diverged its figures are ``null`` in JSON, and NaN here."""
+    found = _json(path)
+    for result in filter(None, map(found.get, ("teacher_forced", "decode", "agreement"))):
+        result |= {name: math.nan for name in FIGURES if result.get(name, 0) is None}
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 from megatron_dmc.report.collect import RunFacts, final
 from megatron_dmc.report.curve import Curve, smoothed
@@ -13,7 +14,7 @@ MODEL_NAMES = {"base": "base", "control": "control, no compression", "dmc": "DMC
 def training_findings(facts: RunFacts) -> list[str]:
     """The end of training, in at most two sentences."""
     retrofit, control = facts.retrofit, facts.control
-    parts = []
+    parts = _diverged(facts)
     ratio = _last(retrofit, "measured_cr")
     if ratio is not None:
         target = f" (target {facts.target_cr:g})" if facts.target_cr is not None else ""
@@ -22,13 +23,23 @@ def training_findings(facts: RunFacts) -> list[str]:
     return parts or ["Training has not compressed yet."]
 
 
+def _diverged(facts: RunFacts) -> list[str]:
+    """Stages whose loss left the numbers, with the first such step."""
+    found = []
+    for stage in facts.stages:
+        first = next((step["step"] for step in stage.steps if not isfinite(step["lm_loss"])), None)
+        if first is not None:
+            found.append(f"The LM loss of {stage.name} is not finite from step {first} on.")
+    return found
+
+
 def _loss_against_control(retrofit: Curve, control: Curve | None) -> list[str]:
     """Both losses at the last step that both have seen."""
     if control is None or not control.steps or not retrofit.steps:
         return []
     shared = min(control.steps[-1], retrofit.steps[-1])
     ours, theirs = (_at(curve, "lm_loss", shared) for curve in (retrofit, control))
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or not isfinite(ours - theirs):
         return []
     side = "above" if ours >= theirs else "below"
     return [f"After {shared} steps the LM loss is {abs(ours - theirs):.3f} nats {side} the control's."]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_dmc.runs.layout import METRICS_FILE, is_control
 from megatron_dmc.stages import OFF
-from megatron_dmc.support.files import write_text
+from megatron_dmc.support.files import to_json, write_text
+
+MEASURED = ("lm_loss", "compression_loss", "measured_cr", "target_cr")
+"""What a step measures. JSON has no word for a number that is not finite: ``null`` in a line, NaN when it is read."""
 
 
 class MetricsFile:
@@ -29,7 +33,7 @@ class MetricsFile:
             self._drop_from(line["step"])
             self._continues = True
         with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(to_json(line) + "\n")
 
     def _drop_from(self, step: int) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +99,6 @@ def _read(path: Path) -> StageMetrics:
         if not isinstance(values, dict) or not {"step", "stage"} <= values.keys():
             raise ValueError(f"{path}, line {number} has no step and stage: it was not written by megatron-dmc train")
         if "lm_loss" in values:
-            steps.append(values)
+            steps.append(values | {name: math.nan for name in MEASURED if values.get(name, 0) is None})
     stage = steps[0]["stage"] if steps else OFF.name
     return StageMetrics(path.parent.name, stage, tuple(steps))

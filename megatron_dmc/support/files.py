@@ -9,12 +9,13 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,9 +59,22 @@ def write_text(path: Path, text: str) -> None:
     sync_file(path.parent)
 
 
+def to_json(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """``value`` as JSON that every parser reads: a number that is not finite, which JSON has not, becomes ``null``."""
+    return json.dumps(_finite(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` by ``value`` as indented JSON in one step."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Replace ``path`` by ``value`` as indented JSON in one step; see :func:`to_json`."""
+    write_text(path, to_json(value, indent=2, sort_keys=True) + "\n")
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -12,19 +12,27 @@ from collections.abc import Callable, Iterator
 from megatron_dmc.support.units import amount, duration
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_TO_JUDGE = 20.0
+SHARE_TO_JUDGE = 0.02
+SECONDS_OF_SLOW_WORK = 300.0
 
 Advance = Callable[[float], None]
+Note = Callable[[], str]
 
 
 def position(done: float, total: float | None, unit: str) -> str:
-    """How far: ``12 of 80 steps``, or the amount alone where the whole is not known."""
+    """How far: ``step 12 of 80``, ``12 of 80 tokens``, or the amount alone where the whole is not known."""
     if not total:
         return amount(done, unit)
+    if unit == "steps":
+        return f"step {amount(done, '')} of {amount(total, '')}"
     return f"{amount(done, unit if unit == 'B' else '')} of {amount(total, unit)}"
 
 
 @contextlib.contextmanager
-def progress(description: str, total: float | None, unit: str = "", *, done: float = 0.0) -> Iterator[Advance]:
+def progress(
+    description: str, total: float | None, unit: str = "", *, done: float = 0.0, note: Note = str
+) -> Iterator[Advance]:
     """Show how far a piece of work is. Yields ``advance(amount)``, to be called as the work goes on, by any thread.
 
     Args:
@@ -32,11 +40,12 @@ def progress(description: str, total: float | None, unit: str = "", *, done: flo
         total: the whole amount, None where it is not known.
         unit: of the amounts: ``steps``, ``documents``, or ``B`` for bytes.
         done: the amount that an earlier run did.
+        note: what has been found so far, in a few words; empty where nothing was.
     """
     # Conversion needs few packages: without rich a terminal gets the plain lines.
     show = _bar if sys.stderr.isatty() and importlib.util.find_spec("rich") else _lines
     lock = threading.Lock()
-    with show(description, total, unit, done) as advance:
+    with show(description, _Work(total, unit, done), note) as advance:
 
         def advance_alone(step: float) -> None:
             with lock:
@@ -45,60 +54,89 @@ def progress(description: str, total: float | None, unit: str = "", *, done: flo
         yield advance_alone
 
 
+class _Work:
+    """How far a piece of work is, and how long the rest takes once that can be told.
+
+    Its speed is measured from the first advance on: the start of a process says nothing about its work.
+    """
+
+    def __init__(self, total: float | None, unit: str, done: float) -> None:
+        self.total, self.unit, self.done = total, unit, done
+        self.before = done
+        self.start = time.monotonic()
+        self._first: tuple[float, float] | None = None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def advance(self, step: float) -> None:
+        self.done += step
+        if self._first is None and step:
+            self._first = (time.monotonic(), self.done)
+
+    def speed(self) -> str:
+        """Bytes per second, which tell whether a disk is the limit; other units have the time left alone."""
+        now = self.done - self.before
+        return f", {amount(now / self.elapsed, self.unit)}/s" if self.unit == "B" and self.elapsed else ""
+
+    def left(self) -> str:
+        """The time left; empty as long as an estimate would say little."""
+        if not self.total or self._first is None:
+            return ""
+        seconds, measured = time.monotonic() - self._first[0], self.done - self._first[1]
+        rest = max(0.0, self.total - self.done)
+        early = seconds < SECONDS_TO_JUDGE or measured < SHARE_TO_JUDGE * (measured + rest)
+        if not measured or (early and seconds < SECONDS_OF_SLOW_WORK):
+            return ""
+        return f", {duration(seconds / measured * rest)} left"
+
+
 @contextlib.contextmanager
-def _lines(description: str, total: float | None, unit: str, done: float) -> Iterator[Advance]:
-    start = last_line = time.monotonic()
-    before = done
+def _lines(description: str, work: _Work, note: Note) -> Iterator[Advance]:
+    last_line = work.start
 
     def advance(step: float) -> None:
-        nonlocal done, last_line
-        done += step
+        nonlocal last_line
+        work.advance(step)
         now = time.monotonic()
         if now - last_line >= SECONDS_BETWEEN_LINES:
             last_line = now
-            print(_line(description, (before, done), total, unit, now - start), file=sys.stderr, flush=True)
+            print(f"{description}: {_line(work)}{_noted(note)}", file=sys.stderr, flush=True)
 
     yield advance
-    elapsed = time.monotonic() - start
-    finished = f"{description}: {amount(done - before, unit)} in {duration(elapsed)}"
-    print(finished + _speed(done - before, unit, elapsed), file=sys.stderr, flush=True)
+    finished = f"{description}: {amount(work.done - work.before, work.unit)} in {duration(work.elapsed)}"
+    print(f"{finished}{work.speed()}{_noted(note)}", file=sys.stderr, flush=True)
 
 
-def _line(description: str, span: tuple[float, float], total: float | None, unit: str, elapsed: float) -> str:
-    before, done = span
-    now = done - before
-    if not total:
-        return f"{description}: {amount(done, unit)}, {amount(now / elapsed, unit)}/s"
-    left = duration(elapsed / now * max(0.0, total - done)) if now else "unknown time"
-    return f"{description}: {done / total:.0%} ({position(done, total, unit)}){_speed(now, unit, elapsed)}, {left} left"
+def _line(work: _Work) -> str:
+    where = position(work.done, work.total, work.unit)
+    if not work.total:
+        return f"{where}, {amount((work.done - work.before) / work.elapsed, work.unit)}/s"
+    return f"{where} ({work.done / work.total:.0%}){work.speed()}{work.left()}"
 
 
-def _speed(now: float, unit: str, elapsed: float) -> str:
-    """Bytes per second, which tell whether a disk is the limit; other units have the time left alone."""
-    return f", {amount(now / elapsed, unit)}/s" if unit == "B" and elapsed else ""
+def _noted(note: Note) -> str:
+    return f", {found}" if (found := note()) else ""
 
 
 @contextlib.contextmanager
-def _bar(description: str, total: float | None, unit: str, done: float) -> Iterator[Advance]:
+def _bar(description: str, work: _Work, note: Note) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[position]}{task.fields[speed]}"),
+        TextColumn("{task.fields[state]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=int(done), position="", speed="")
-        start = time.monotonic()
+        task = bar.add_task(description, total=work.total, completed=int(work.done), state="")
 
         def advance(step: float) -> None:
-            bar.advance(task, step)
-            completed = bar.tasks[task].completed
-            speed = _speed(completed - done, unit, time.monotonic() - start)
-            bar.update(task, position=position(completed, total, unit), speed=speed)
+            work.advance(step)
+            where = position(work.done, work.total, work.unit)
+            bar.update(task, completed=work.done, state=f"{where}{work.speed()}{work.left()}{_noted(note)}")
 
         yield advance

@@ -10,6 +10,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_dmc.data.manifest import read_manifest
+
 
 def build_data_sets(num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
     """Train, validation and test data sets, as Megatron's ``pretrain()`` asks for them.
@@ -22,6 +24,8 @@ def build_data_sets(num_samples: tuple[int, int | None, int], vp_stage: int | No
     total = args.dmc_total_samples or args.dmc_first_sample + num_samples[0]
     sizes = [total, num_samples[1], num_samples[2]]
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if args.eod_mask_loss:
+        _check_end_of_document([part for part in (blend, *(blend_per_split or ())) if part is not None])
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -43,6 +47,18 @@ def build_data_sets(num_samples: tuple[int, int | None, int], vp_stage: int | No
 
 
 build_data_sets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _check_end_of_document(blends: list[Any]) -> None:
+    """The tokenizer that Megatron was given ends documents as the data does, where the data says how."""
+    eod = get_tokenizer().eod
+    for prefix in (prefix for prefixes, _ in blends for prefix in prefixes):
+        manifest = read_manifest(prefix)
+        if manifest is not None and manifest["eod"] != eod:
+            raise ValueError(
+                f"--eod-mask-loss: documents of {prefix} end with {manifest['eod']}, those of --tokenizer-type with "
+                f"{eod}: leave --tokenizer-type out"
+            )
 
 
 def _reads_data() -> bool:

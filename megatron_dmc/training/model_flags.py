@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.megatron import ALL_SETTINGS, Setting
+from megatron_dmc.training.flag_parser import FlagParser
 
 
 def model_flags(config: ModelConfig) -> dict[str, str | None]:
@@ -24,7 +25,7 @@ def fixed_flags() -> dict[str, str | None]:
 def check_flags(argv: list[str], config: ModelConfig) -> None:
     """Raise ``ValueError`` when ``argv`` gives a flag of the model another value than the base checkpoint has."""
     of_model = {setting.flag: setting for setting in ALL_SETTINGS if setting.flag is not None and not setting.fixed}
-    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    given = FlagParser(argument_default=argparse.SUPPRESS)
     for flag, setting in of_model.items():
         if isinstance(setting.value(config), bool):
             given.add_argument(flag, dest=flag, action="store_true")

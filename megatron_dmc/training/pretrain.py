@@ -27,8 +27,13 @@ from megatron_dmc.training.arguments import (
     refuse_flags,
     with_defaults,
 )
+from megatron_dmc.training.data_flags import add_data_arguments, data_flags, data_sources
+from megatron_dmc.training.flag_parser import FlagParser
+from megatron_dmc.training.lengthening import lengthening
 from megatron_dmc.training.loading import Confinement, confine, refuse_loading_flags
+from megatron_dmc.training.megatron_words import failure, keep_traceback, refused_flags
 from megatron_dmc.training.model_flags import check_flags, fixed_flags, model_flags
+from megatron_dmc.training.run_defaults import add_run_arguments, run_flags, short_stage
 from megatron_dmc.training.start import Start, find_start, saved_iteration
 
 if TYPE_CHECKING:
@@ -75,16 +80,15 @@ def prepare(argv: list[str]) -> Run:
     refuse_flags(argv, stage)
     start = find_start(settings, given.save, given.pretrained_checkpoint)
     _check_tokens(given, start.config)
-    argv = _complete(argv, given, start, stage)
     complete_environment()
+    argv = _complete(argv, given, start, stage)
     if host.needs_cpu():
         host.use_cpu()
     from megatron_dmc.seam import megatron_compat
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
-    train_iters = int(given.train_iters) if given.train_iters else None
     stop_at_cr = settings.stop_at_cr if stage.raises_target else None
-    return Run(argv, start, confine(start.checkpoint), given.save, train_iters, stop_at_cr)
+    return Run(argv, start, confine(start.checkpoint), given.save, given.train_iters, stop_at_cr)
 
 
 def train(argv: list[str], observer: Observer | None = None) -> Outcome:
@@ -132,11 +136,11 @@ def _record(run: Run, outcome: Outcome) -> None:
 
 def _read_own_flags(argv: list[str]) -> argparse.Namespace:
     """The flags that decide what is checked before Megatron is imported."""
-    parser = add_dmc_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    for flag in ("--save", "--load", "--pretrained-checkpoint", "--train-iters", "--seq-length", "--tokenizer-type"):
+    parser = add_dmc_arguments(FlagParser())
+    for flag in ("--save", "--load", "--pretrained-checkpoint", "--tokenizer-type"):
         parser.add_argument(flag)
-    for flag in ("--data-path", "--train-data-path"):
-        parser.add_argument(flag, nargs="*")
+    add_run_arguments(parser)
+    add_data_arguments(parser)
     given, _ = parser.parse_known_args(argv)
     if given.load and given.load != given.save:
         raise ValueError(
@@ -151,11 +155,11 @@ def _check_tokens(given: argparse.Namespace, config: ModelConfig | None) -> None
         return
     from megatron_dmc.data.manifest import read_manifest
 
-    if given.seq_length and int(given.seq_length) > config.max_position_embeddings:
+    if given.seq_length and given.seq_length > config.max_position_embeddings:
         raise ValueError(
             f"--seq-length {given.seq_length}: the model was built for {config.max_position_embeddings} positions"
         )
-    for prefix in [*(given.data_path or []), *(given.train_data_path or [])]:
+    for prefix in [prefix for prefixes in data_sources(given).values() for prefix in prefixes]:
         manifest = read_manifest(prefix)
         if manifest is not None and manifest["vocab_size"] > config.vocab_size:
             raise ValueError(
@@ -167,6 +171,7 @@ def _check_tokens(given: argparse.Namespace, config: ModelConfig | None) -> None
 def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: Stage) -> list[str]:
     """``argv`` with what the model, this machine and the start of the run require; prints what it added."""
     tables: list[Mapping[str, str | None]] = [fixed_flags(), RUN_DEFAULTS]
+    tables += [run_flags(given, start.config, stage, os.environ), data_flags(given)]
     if stage.learning_rate is not None:
         tables.append(stage.learning_rate.flags())
     if start.config is not None:
@@ -185,9 +190,13 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: S
     if given.dmc_first_sample is None:
         tables.append({"--dmc-first-sample": str(start.first_sample)})
     completed = with_defaults(argv, *tables)
-    if int(os.environ.get("RANK", "0")) == 0:
+    longer = lengthening(completed, start.saved_arguments)
+    completed = longer.flags + completed
+    if int(os.environ["RANK"]) == 0:
         added = completed[: len(completed) - len(argv)]
         print("flags set by megatron_dmc: " + " ".join(added), flush=True)
+        for remark in filter(None, (longer.remark, short_stage(stage, given.train_iters))):
+            print(remark, flush=True)
     return completed
 
 
@@ -211,11 +220,9 @@ def configure(run: Run) -> tuple[Any, DMCModelConfig]:
     from megatron_dmc.training.model_config import dmc_model_config
 
     sys.argv = [sys.argv[0], *run.argv]
-    try:
+    with refused_flags(add_dmc_arguments):
         args = parse_and_validate_args(extra_args_provider=add_dmc_arguments)
         return args, dmc_model_config(args, start=run.start)
-    except AssertionError as refusal:
-        raise ValueError(f"Megatron refuses these flags: {refusal}") from refusal
 
 
 def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:
@@ -246,6 +253,8 @@ def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:
         # Megatron leaves with status 0 also when loading fails; 16 and 17 are its rerun machine's.
         if left.code not in (0, None):
             raise
+    except Exception as error:
+        raise _in_words(error, recorder.iteration, run.save) from error
     if log is not None:
         log.write()
     iteration = _check_saved(run.save, recorder.iteration)
@@ -254,6 +263,17 @@ def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:
     if decision.ratio_reached:
         return Outcome(iteration, args.train_iters, Status.RATIO_REACHED, run.stop_at_cr)
     return Outcome(iteration, args.train_iters, Status.INTERRUPTED)
+
+
+def _in_words(error: Exception, iteration: int | None, save: str | None) -> Exception:
+    """One message for what ended the engine; the way to it goes to the log of the stage."""
+    if iteration is None:
+        told = failure(error, "cannot start")
+    else:
+        told = failure(error, f"stopped behind iteration {iteration}", started=True)
+    if told is not error and save is not None:
+        told.add_note(f"traceback: {keep_traceback(error, save)}")
+    return told
 
 
 def _check_saved(save: str | None, iteration: int | None) -> int:

@@ -6,7 +6,8 @@ Megatron's own answers to a wrong path are training from random weights, or leav
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class Start:
         clears_rows: the borrowed rows must become zero before the first step.
         first_sample: where the stage starts in the training data; consumed samples of the checkpoint before it.
         checkpoint: what Megatron may load, after it was checked; None: nothing.
+        saved_arguments: of the run that is continued; empty for one that begins.
     """
 
     config: ModelConfig | None
@@ -40,6 +42,7 @@ class Start:
     clears_rows: bool = False
     first_sample: int = 0
     checkpoint: CheckedCheckpoint | None = None
+    saved_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def saved_iteration(directory: str | Path | None) -> int | None:
@@ -129,4 +132,10 @@ def _resume(settings: DMCConfig, save: str) -> Start:
             + "\ngive the same settings to continue it, or another --save"
         )
     first_sample = int(stored.args.get("dmc_first_sample") or 0)
-    return Start(stored.config, resumes=True, first_sample=first_sample, checkpoint=checkpoint)
+    return Start(
+        stored.config,
+        resumes=True,
+        first_sample=first_sample,
+        checkpoint=checkpoint,
+        saved_arguments=stored.args,
+    )

@@ -1,6 +1,7 @@
 """``megatron-dmc evaluate``: what it prints, and its exit codes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from megatron_dmc.cli import main
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data.indexed import IndexedWriter
 from megatron_dmc.evaluation import perplexity
+from megatron_dmc.support import progress
 from tests.inference.model_directory import TEXT, VOCAB_SIZE, write_model
 
 
@@ -39,6 +41,20 @@ def test_both_paths_on_an_indexed_data_set(model, data, capsys):
     assert result["agreement"]["failures"] == []
     assert result["decode"]["cache"]["compression_ratio"] > 1.2
     assert result["teacher_forced"]["perplexity"] == pytest.approx(result["decode"]["perplexity"], rel=1e-4)
+
+
+def test_the_work_and_the_perplexity_are_shown_while_it_runs(model, data, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    options = ["--seq-length", "50", "--sequences", "6", "--batch-size", "4", "--path", "teacher-forced"]
+    assert main(["evaluate", "--model", str(model), "--data", str(data), *options]) == 0
+    printed = capsys.readouterr()
+    said = printed.err.splitlines()
+    assert said[0] == "6 sequences, 300 tokens, by the path teacher-forced"
+    assert said[1] == "evaluating model: 200 of 300 tokens (67%)"
+    assert re.fullmatch("the first batch says: about [0-9]+ s in all", said[2])
+    assert re.fullmatch(r"evaluating model: 300 of 300 tokens \(100%\), perplexity so far [0-9.]+", said[3])
+    measured = re.search(r"perplexity ([0-9.]+)", printed.out)[1]
+    assert float(said[4].split()[-1]) == pytest.approx(float(measured), abs=1e-3)
 
 
 def test_the_parser_offers_every_path():

@@ -35,7 +35,16 @@ def run_with(monkeypatch, error):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ValueError("wrong"), 1), (CheckFailed("wrong"), 2), (InfrastructureError("wrong"), 64)],
+    [
+        (ValueError("wrong"), 1),
+        (OverflowError("wrong"), 1),
+        (ImportError("wrong"), 1),
+        (FileNotFoundError("wrong"), 1),
+        (IsADirectoryError("wrong"), 1),
+        (CheckFailed("wrong"), 2),
+        (InfrastructureError("wrong"), 64),
+        (OSError("wrong"), 64),
+    ],
 )
 def test_an_error_is_one_message_and_an_exit_code(monkeypatch, capsys, error, code):
     assert run_with(monkeypatch, error) == code

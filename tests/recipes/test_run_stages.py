@@ -45,7 +45,7 @@ def test_two_stages_share_the_cores(tmp_path, capsys):
     run_stages(pair)
     assert [one.steps_done for one in pair] == [1, 1]
     assert [(one.directory / LOG_FILE).read_text() for one in pair] == ["threads 1\n", "threads 1\n"]
-    assert "training retrofit and control_retrofit: " in capsys.readouterr().err
+    assert "training retrofit and its control: 1 steps in " in capsys.readouterr().err
 
 
 def test_a_stage_alone_has_all_cores(tmp_path):

@@ -159,6 +159,27 @@ def test_small_things():
     assert table(("a", "b"), [("1", "2")]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
 
 
+@pytest.mark.parametrize("lost", ["NaN", "Infinity", "null"])
+def test_a_diverged_run_says_so_in_json_that_every_parser_reads(run, lost):
+    """Of this release (null), and of those that wrote NaN."""
+    text = "".join(json.dumps(line(step, "retrofit", measured_cr=1.0, target_cr=1.1)) + "\n" for step in range(1, 31))
+    head, tail = text[: text.index('{"step": 20,')], text[text.index('{"step": 20,') :]
+    (run / "retrofit" / "metrics.jsonl").write_text(head + tail.replace('"lm_loss": 2.0', f'"lm_loss": {lost}'))
+    measure(run)
+    broken = json.dumps(result(10, 4.1, decode=True)).replace('"perplexity": 10', f'"perplexity": {lost}')
+    (run / "evaluation" / "dmc.json").write_text(broken)
+    assert main(["report", str(run)]) == 0
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    report = json.loads((run / "report" / "report.json").read_text(), parse_constant=refuse)
+    (facts,) = report["runs"]
+    assert next(stage for stage in facts["stages"] if stage["name"] == "retrofit")["last"]["lm_loss"] is None
+    assert "The LM loss of retrofit is not finite from step 20 on." in (run / "report" / "report.md").read_text()
+    assert [finding["status"] for finding in facts["quality"]].count("failed") == 1
+
+
 def write_decisions(run, stage, rank, first_head, layers, shares):
     lines = [
         {"step": step, "layers": {str(layer): {"first_head": first_head, "merged": merged} for layer in layers}}

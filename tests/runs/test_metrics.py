@@ -1,9 +1,10 @@
 """Each step stands in the file once, whatever happened to the run."""
 
 import json
+import math
 
 from megatron_dmc.runs.layout import METRICS_FILE
-from megatron_dmc.runs.metrics import MetricsFile, steps_logged
+from megatron_dmc.runs.metrics import MetricsFile, read_stages, steps_logged
 
 
 def steps(directory):
@@ -35,3 +36,14 @@ def test_a_line_cut_off_by_a_kill_goes(tmp_path):
         stream.write('{"step": 2, "lm_')
     MetricsFile(tmp_path).add({"step": 2})
     assert steps(tmp_path) == [1, 2]
+
+
+def test_a_loss_that_is_no_number_is_null_in_the_file_and_nan_again_when_read(tmp_path):
+    metrics = MetricsFile(tmp_path)
+    metrics.add({"step": 1, "stage": "retrofit", "lm_loss": math.nan, "measured_cr": math.inf, "grad_norm": None})
+    assert json.loads((tmp_path / METRICS_FILE).read_text(), parse_constant=None)["lm_loss"] is None
+    (stage,) = read_stages(tmp_path)
+    (step,) = stage.steps
+    assert math.isnan(step["lm_loss"])
+    assert math.isnan(step["measured_cr"])
+    assert step["grad_norm"] is None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dmc.support import files
-from megatron_dmc.support.files import free_space, read_json
+from megatron_dmc.support.files import free_space, read_json, write_json
 
 WRITER = """
 import sys, time
@@ -119,3 +119,10 @@ def test_json_is_read_with_care(tmp_path, text, message):
 def test_a_measured_value_may_be_no_number(tmp_path):
     (tmp_path / "file.json").write_text('{"perplexity": Infinity}')
     assert read_json(tmp_path / "file.json", finite=False) == {"perplexity": float("inf")}
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path):
+    value = {"loss": float("nan"), "curve": [(1, float("inf")), (2, 0.5)], "deep": {"low": -float("inf")}, "n": 3}
+    write_json(tmp_path / "value.json", value)
+    null = {"loss": None, "curve": [[1, None], [2, 0.5]], "deep": {"low": None}, "n": 3}
+    assert read_json(tmp_path / "value.json") == null

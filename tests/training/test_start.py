@@ -27,6 +27,13 @@ def test_the_tracker_names_the_newest_checkpoint(tmp_path, text, iteration):
     assert saved_iteration(tmp_path) == iteration
 
 
+@pytest.mark.parametrize("content", [b"", b"\n", b"twelve", b"1e3", b"-1", b"\xff\xfe", b"1" * 100_000])
+def test_a_tracker_that_names_nothing_is_named(tmp_path, content):
+    (tmp_path / TRACKER).write_bytes(content)
+    with pytest.raises(ValueError, match=TRACKER):
+        saved_iteration(tmp_path)
+
+
 def test_no_tracker_is_no_checkpoint(tmp_path):
     assert saved_iteration(tmp_path) is None
     assert saved_iteration(None) is None
