@@ -156,7 +156,7 @@ def test_tensor_parallel_ranks_train_the_same_norms(tmp_path):
 
 def test_megatrons_own_model_is_refused_where_it_would_compute_something_else(base):
     with pytest.raises(ValueError, match="low_freq_factor"):
-        prepare(["--dmc-stage", "off", "--pretrained-checkpoint", str(base)])
+        prepare(["--dmc-stage", "off", "--pretrained-checkpoint", str(base), "--train-iters", "1", "--mock-data"])
 
 
 def _train(directory, stage: str, base: str, steps: int, ranks: int = 1, **flags: object) -> list[dict[str, float]]:
