@@ -19,6 +19,8 @@ import time
 from typing import Any
 
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.ops.geometry import Geometry
+from megatron_dmc.ops.rope import inverse_frequencies
 from megatron_dmc.training.pretrain import prepare
 
 STEPS = 5
@@ -101,6 +103,8 @@ class _Step:
             0, args.vocab_size, (1, args.seq_length), device=next(self.model.parameters()).device
         )
         self.settings: DMCConfig = config.transformer.dmc
+        frequencies = inverse_frequencies(HEAD_DIM, args.rotary_base)
+        self.geometry = Geometry(args.seq_length, 1, frequencies.to(self.tokens.device))
 
     def timed(self) -> float:
         """Seconds of one forward and backward pass with the optimizer's step."""
@@ -109,7 +113,7 @@ class _Step:
         from megatron_dmc.training.model.microbatch import Microbatch
 
         microbatch = Microbatch(
-            sequence_length=self.tokens.shape[1],
+            self.geometry,
             sequence_B=torch.zeros(1, dtype=torch.int64) if self.settings.compresses else None,
             target_fraction=0.75,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,16 @@ def test_unknown_suite_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     with pytest.raises(SystemExit):
         training.main()
     assert "speed: known are attention,pooling,step" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_of_both_sides_is_measured() -> None:
+    small = ["--layers", "1", "--hidden-size", "128", "--sequence-length", "64"]
+    command = [sys.executable, "-m", "examples.benchmarks.training_step", *small]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    measured = json.loads(finished.stdout.splitlines()[-1])
+    assert measured["seconds"].keys() == {"zero_out", "retrofit"}
+    assert measured["ratio"] > 0
 
 
 @pytest.mark.exhaustive
