@@ -27,18 +27,15 @@ class DMCCache(Cache):
 
     def __init__(self, config: DMCLlamaConfig, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
         super().__init__(layers=[_LayerView(self) for _ in range(config.num_hidden_layers)])
-        self.shape, self.method, self.block_size = config.shape(), method_of(config.settings()), block_size
+        self.shape, self.settings, self.block_size = config.shape(), config.settings(), block_size
+        self.method = method_of(self.settings)
         self.num_columns = 0
         """Columns of ``input_ids`` that were read, padding included."""
         self.paged: PagedKVCache | None = None
         self.rows: list[int] = []
 
     def prepare(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[PagedKVCache, list[int]]:
-        """The memory and the rows of the batch, made on the first call.
-
-        Raises:
-            ValueError: the cache holds a batch of another size.
-        """
+        """The memory and the rows of the batch, made on the first call."""
         if self.paged is None:
             shape = CacheShape(
                 num_layers=self.shape.num_layers,
@@ -50,9 +47,19 @@ class DMCCache(Cache):
             )
             self.paged = PagedKVCache(shape, batch, device=device)
             self.rows = self.paged.add_sequences(batch)
+        return self.paged, self.rows
+
+    def num_tokens(self, batch: int) -> list[int]:
+        """Tokens of each row that were read, padding left out.
+
+        Raises:
+            ValueError: the cache holds a batch of another size.
+        """
+        if self.paged is None:
+            return [0] * batch
         if len(self.rows) != batch:
             raise ValueError(f"the cache holds {len(self.rows)} sequences, {batch} were given: use a new cache")
-        return self.paged, self.rows
+        return [self.paged.num_tokens[row] for row in self.rows]
 
     def usage(self) -> CacheUsage:
         """What the cache holds: entries and bytes, beside those of an uncompressed cache."""

@@ -1,9 +1,10 @@
 """Llama with a compressed cache for transformers: its modules and weights, our attention between the projections.
 
-A forward pass takes hard decisions; it equals decoding token by token. Padding is honoured on either side: the tokens
-of all rows are packed one row after the other before the first layer, and go back to their places behind the last.
+A forward pass takes hard decisions; it equals decoding token by token. Padding is honoured wherever it stands: the
+tokens of all rows are packed one row after the other before the first layer, and go back to their places behind the
+last.
 
-Legend: S columns, B batch, H hidden size, T packed tokens.
+Legend: S columns of a pass, C columns with those read before, B batch, H hidden size, T packed tokens.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationMode
+from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
+from transformers.utils import can_return_tuple
 
 from megatron_dmc.hf.cache_dmc_llama import DMCCache
+from megatron_dmc.hf.columns import shown_columns
 from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
 from megatron_dmc.inference.decoder.layer_attention import Attention, CachedAttention, WholeAttention
 from megatron_dmc.methods import method_of
 from megatron_dmc.methods.step import Step
 from megatron_dmc.ops.rope import inverse_frequencies
+
+_OTHER_MODES = (
+    "beam search copies the cache of every beam in every step, assisted and contrastive decoding take back tokens, "
+    "which are merged by then; use greedy search or sampling"
+)
 
 
 class DMCLlamaAttention(LlamaAttention):
@@ -31,6 +39,11 @@ class DMCLlamaAttention(LlamaAttention):
         """``dmc_attention`` comes through the decoder layer from :meth:`DMCLlamaModel.forward`."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states[0]).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        if k.shape[-2] != self.config.num_key_value_heads:
+            raise ValueError(
+                f"{k.shape[-2]} of {self.config.num_key_value_heads} KV heads are here: plans of transformers that share "
+                "out a model (tp_plan) do not share out its cache; use torchrun with megatron-dmc generate"
+            )
         return self.o_proj(dmc_attention(self.layer_idx, q, k, v).flatten(-2)).unsqueeze(0), None
 
 
@@ -53,6 +66,8 @@ class DMCLlamaModel(OwnAttention, LlamaModel):
         self.shape, self.method = config.shape(), method_of(config.settings())
         self.post_init()
 
+    @torch.compiler.disable(reason="a compressed cache has lengths that only the tokens decide")
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -61,39 +76,40 @@ class DMCLlamaModel(OwnAttention, LlamaModel):
         past_key_values: DMCCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> BaseModelOutputWithPast:
-        """Read tokens.
+        """Read tokens. Under ``torch.compile`` too it runs as it is written.
 
         Args:
             input_ids, inputs_embeds: one of them, [B, S] or [B, S, H].
-            attention_mask: [B, tokens so far + S]; zeros (padding) before or after the tokens of a row, not between.
-            position_ids: not needed, positions count the tokens of each row; other positions are refused.
+            attention_mask: [B, C]; zeros are padding, which is skipped.
+            position_ids: count the tokens of each row, [1 or B, S]. Needed only where padding stands between tokens.
             past_key_values: a :class:`DMCCache`; the tokens follow those in it.
-            use_cache: make a cache if none is given (default: as the configuration says, never in training mode).
+            use_cache: make a cache if none is given (default: as the configuration says, never in training mode). No
+                gradient passes a cache: ``backward`` then raises.
+            output_hidden_states: those before each layer and after the last norm; 0 at padding.
 
         Raises:
-            ValueError: another kind of cache, a mask with holes, other positions, attention weights asked for.
+            ValueError: another kind of cache, another mask than the cache was read with, other positions, attention
+                weights asked for, packed documents.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if output_attentions:
-            raise ValueError("output_attentions=True: attention weights are never formed; leave it out")
-        if past_key_values is not None and not isinstance(past_key_values, DMCCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}: this model needs a DMCCache, or none to start"
-            )
+        _refuse(others)
         hidden_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         cache = DMCCache(self.config) if use_cache and past_key_values is None else past_key_values
-        if cache is not None and cache.num_columns:
-            shown_BS = _all_shown(attention_mask, hidden_BSH)
-        else:
-            shown_BS = _shown(attention_mask, position_ids, hidden_BSH)
+        num_read = [0] * len(hidden_BSH)
+        if cache is not None:
+            _check_cache(cache, self)
+            num_read = cache.num_tokens(len(hidden_BSH))
+        columns_read = 0 if cache is None else cache.num_columns
+        shown_BS = shown_columns(hidden_BSH, attention_mask, position_ids, num_read, columns_read)
         states = self._read(hidden_BSH, shown_BS, cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
             past_key_values=cache,
@@ -103,19 +119,35 @@ class DMCLlamaModel(OwnAttention, LlamaModel):
     def _read(self, hidden_BSH: Tensor, shown_BS: Tensor, cache: DMCCache | None) -> list[Tensor]:
         """Hidden states before each layer, and those after the last norm; those of padding are 0."""
         counts = shown_BS.sum(dim=1).tolist()
-        frequencies = inverse_frequencies(self.shape.head_dim, self.shape.rope_theta, self.shape.rope_scaling)
-        frequencies = frequencies.to(hidden_BSH.device)
-        if cache is None:
-            whole = Step(range(len(counts)), [0] * len(counts), counts, frequencies)
-            states = self._layers(hidden_BSH[shown_BS], _Packed(WholeAttention(self.method, whole.geometry)))
+        reading = [row for row, count in enumerate(counts) if count]
+        counts = [counts[row] for row in reading]
+        hidden_TH = hidden_BSH[shown_BS]
+        if not reading:
+            states = [hidden_TH] * (len(self.layers) + 1)
+        elif cache is None:
+            whole = Step(reading, [0] * len(counts), counts, self._frequencies(hidden_TH))
+            states = self._layers(hidden_TH, _Packed(WholeAttention(self.method, whole.geometry)))
         else:
-            paged, rows = cache.prepare(len(counts), hidden_BSH.dtype, hidden_BSH.device)
-            paged.reserve(rows, counts)
-            step = Step(rows, [paged.num_tokens[row] for row in rows], counts, frequencies)
-            states = self._layers(hidden_BSH[shown_BS], CachedAttention(self.method, paged, step))
-            paged.commit(step)
+            states = self._read_cached(hidden_TH, len(hidden_BSH), reading, counts, cache)
+        if cache is not None:
             cache.num_columns += hidden_BSH.shape[1]
         return [hidden_BSH.new_zeros(hidden_BSH.shape).index_put((shown_BS,), state) for state in states]
+
+    def _read_cached(
+        self, hidden_TH: Tensor, batch: int, reading: list[int], counts: list[int], cache: DMCCache
+    ) -> list[Tensor]:
+        """As :meth:`_read`, of packed tokens of the rows ``reading``."""
+        with torch.no_grad():
+            paged, rows = cache.prepare(batch, hidden_TH.dtype, hidden_TH.device)
+            rows = [rows[row] for row in reading]
+            paged.reserve(rows, counts)
+            positions = [paged.num_tokens[row] for row in rows]
+            step = Step(rows, positions, counts, self._frequencies(hidden_TH))
+            states = self._layers(hidden_TH, CachedAttention(self.method, paged, step))
+            paged.commit(step)
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            return [_NoGradient.apply(state.requires_grad_()) for state in states]
+        return states
 
     def _layers(self, hidden_TH: Tensor, attention: Attention) -> list[Tensor]:
         states = []
@@ -124,6 +156,11 @@ class DMCLlamaModel(OwnAttention, LlamaModel):
             states.append(hidden_1TH[0])
             hidden_1TH = layer(hidden_1TH, dmc_attention=attention)
         return [*states, self.norm(hidden_1TH)[0]]
+
+    def _frequencies(self, hidden_TH: Tensor) -> Tensor:
+        """Of the rotary angles, where the tokens are."""
+        shape = self.shape
+        return inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling).to(hidden_TH.device)
 
 
 class _Packed:
@@ -134,6 +171,18 @@ class _Packed:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._attention(layer, *(x.unsqueeze(1) for x in (q, k, v))).squeeze(1)
+
+
+class _NoGradient(torch.autograd.Function):
+    """The identity, whose backward pass says why there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise ValueError("no gradient passes a compressed cache: call the model with use_cache=False, or model.train()")
 
 
 class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
@@ -156,39 +205,50 @@ class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # generate() must not make a cache: the first forward pass makes a DMCCache.
-        return False
-
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' paged batching has one table per request, a compressed cache one per head."""
         raise ValueError("continuous batching of transformers keeps one length per request: use megatron_dmc's engine")
 
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Put a :class:`DMCCache` where transformers would put its own."""
+        mask, asked = model_kwargs.get("attention_mask"), generation_config.cache_implementation
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError(
+                "attention_mask ends with padding in some row: generate() continues the last column; pad before the "
+                "texts (padding_side='left')"
+            )
+        if asked not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation={asked!r}: this model keeps its own compressed cache; leave it out")
+        generation_config.cache_implementation = None
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = DMCCache(self.config)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-def _shown(mask: Tensor | None, position_ids: Tensor | None, hidden_BSH: Tensor) -> Tensor:
-    """bool [B, S]: which columns of a first pass hold tokens; padding stands before or after them."""
-    shown_BS = torch.ones(hidden_BSH.shape[:2], dtype=torch.bool, device=hidden_BSH.device)
-    if mask is not None:
-        if mask.shape != shown_BS.shape:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: must be {tuple(shown_BS.shape)}")
-        shown_BS = mask.bool()
-    position_BS = shown_BS.cumsum(dim=1) - 1
-    first_B1, last_B1 = shown_BS.int().argmax(dim=1, keepdim=True), position_BS[:, -1:]
-    column_S = torch.arange(shown_BS.shape[1], device=shown_BS.device)
-    expected_BS = (column_S >= first_B1) & (column_S <= first_B1 + last_B1)
-    if not shown_BS.any(dim=1).all() or not torch.equal(shown_BS, expected_BS):
-        raise ValueError("attention_mask has a row without tokens or with a hole: padding goes before or after a text")
-    if position_ids is not None:
-        given_BS = position_ids.expand_as(position_BS)
-        if not torch.equal(given_BS[shown_BS], position_BS[shown_BS]):
-            raise ValueError("position_ids must count the tokens of each row from 0: leave them out")
-    return shown_BS
+    def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> None:
+        if generation_mode not in self._supported_generation_modes:
+            raise ValueError(f"{generation_mode.value} does not work with a compressed cache: {_OTHER_MODES}")
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
 
-def _all_shown(mask: Tensor | None, hidden_BSH: Tensor) -> Tensor:
-    """bool [B, S], all True: tokens that follow others stand without padding."""
-    sequence_length = hidden_BSH.shape[1]
-    if mask is not None and not mask[:, -sequence_length:].all():
-        raise ValueError("attention_mask hides tokens that follow those in the cache: only a first pass is padded")
-    return torch.ones(hidden_BSH.shape[:2], dtype=torch.bool, device=hidden_BSH.device)
+def _refuse(arguments: dict[str, Any]) -> None:
+    """What transformers passes through, and cannot be had."""
+    if arguments.get("output_attentions"):
+        raise ValueError("output_attentions=True: attention weights are never formed; leave it out")
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name}: documents packed in one row are not kept apart; give each a row of its own")
+    if arguments.get("is_causal") is False:
+        raise ValueError("is_causal=False: later tokens decide what becomes of earlier ones; leave it out")
+
+
+def _check_cache(cache: Any, model: DMCLlamaModel) -> None:
+    if not isinstance(cache, DMCCache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}: this model needs a DMCCache, or none to start")
+    for name in ("num_layers", "num_kv_heads", "head_dim"):
+        made, needed = getattr(cache.shape, name), getattr(model.shape, name)
+        if made != needed:
+            raise ValueError(f"past_key_values was made for {name}={made}, the model has {needed}: use a new cache")
+    if cache.settings != model.config.settings():
+        raise ValueError("past_key_values was made for other settings of DMC: use a new cache")
