@@ -13,12 +13,15 @@ from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE, Cach
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.methods import method_of
 
+_MERGED = "merged tokens cannot be taken apart; use greedy search or sampling, and a new cache for each text"
+_NOT_COPIED = "its rows are not copied one by one; copy.deepcopy(cache) copies the whole"
+
 
 class DMCCache(Cache):
     """Compressed cache of one batch. Give it as ``past_key_values`` to go on where a text ended.
 
-    Merged tokens cannot be taken apart again, so nothing that takes back tokens works: crop, beam search, assisted
-    decoding. Each raises ``ValueError``.
+    Merged tokens cannot be taken apart again, so nothing that takes back tokens works, nor what picks single rows:
+    crop, assisted decoding, beam search. Each raises ``ValueError``.
 
     Args:
         config: of the model.
@@ -75,20 +78,30 @@ class DMCCache(Cache):
         """Give all memory back."""
         self.paged, self.rows, self.num_columns = None, [], 0
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether something was read."""
+        return self.paged is not None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of the batch, -1 before the first pass."""
+        return len(self.rows) or -1
+
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("crop (assisted decoding)")
-
-    def reorder_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("reorder_cache (beam search)")
-
-    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("batch_repeat_interleave")
-
-    def batch_select_indices(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("batch_select_indices")
+        _refuse("crop (assisted decoding)", _MERGED)
 
     def activate_past_recording(self) -> NoReturn:
-        _refuse("activate_past_recording (assisted decoding)")
+        _refuse("activate_past_recording (assisted decoding)", _MERGED)
+
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("reorder_cache (beam search)", _NOT_COPIED)
+
+    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("batch_repeat_interleave", _NOT_COPIED)
+
+    def batch_select_indices(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("batch_select_indices", _NOT_COPIED)
 
 
 class _LayerView(CacheLayerMixin):
@@ -114,8 +127,5 @@ class _LayerView(CacheLayerMixin):
         return -1
 
 
-def _refuse(what: str) -> NoReturn:
-    raise ValueError(
-        f"{what} does not work with a compressed cache: merged tokens cannot be taken apart; use greedy search or "
-        "sampling, and a new cache for each text"
-    )
+def _refuse(what: str, reason: str) -> NoReturn:
+    raise ValueError(f"{what} does not work with a compressed cache: {reason}")

@@ -39,10 +39,11 @@ class DMCLlamaAttention(LlamaAttention):
         """``dmc_attention`` comes through the decoder layer from :meth:`DMCLlamaModel.forward`."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states[0]).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        if k.shape[-2] != self.config.num_key_value_heads:
+        whole = self.config.num_key_value_heads
+        if k.shape[-2] != whole:
             raise ValueError(
-                f"{k.shape[-2]} of {self.config.num_key_value_heads} KV heads are here: plans of transformers that share "
-                "out a model (tp_plan) do not share out its cache; use torchrun with megatron-dmc generate"
+                f"{k.shape[-2]} of {whole} KV heads are here: transformers' tp_plan does not share out the cache; use "
+                "torchrun with megatron-dmc generate"
             )
         return self.o_proj(dmc_attention(self.layer_idx, q, k, v).flatten(-2)).unsqueeze(0), None
 

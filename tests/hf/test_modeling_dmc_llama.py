@@ -7,61 +7,13 @@ import pytest
 import torch
 
 from megatron_dmc.checkpoint.source import open_source
-from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.decoder.decoder import Decoder
-from megatron_dmc.inference.engine import Engine
-from megatron_dmc.inference.sampling import SamplingParams
-from megatron_dmc.models.hugging_face import to_hf_config
 from megatron_dmc.ops.rope_scaling import RopeScaling
-from tests.inference.model_directory import VOCAB_SIZE, write_model
+from tests.hf.exported import PROMPTS, SETTINGS, TOLERANCE, load, our_logits, padded, random_tokens
+from tests.inference.model_directory import write_model
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("megatron_dmc.hf")
-
-SETTINGS = DMCConfig(decision_bias=-1.0, window_size=12)
-PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5], list(range(40))]
-PAD = 0
-TOLERANCE = {"atol": 1e-4, "rtol": 0}
-
-
-def load(directory, **options):
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("hf") / "model"
-    write_model(path, SETTINGS)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(directory):
-    return load(directory)
-
-
-@pytest.fixture(scope="module")
-def ours(directory):
-    return Decoder(open_source(directory))
-
-
-def random_tokens(batch=3, length=50):
-    return torch.randint(0, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-def our_logits(ours, token_BS):
-    return ours.logits(ours.forward(token_BS.T)).transpose(0, 1)
-
-
-def padded(prompts, side):
-    """Token ids [B, S] and attention mask with padding on one side."""
-    longest = max(map(len, prompts))
-    rows, masks = [], []
-    for prompt in prompts:
-        padding, zeros = [PAD] * (longest - len(prompt)), [0] * (longest - len(prompt))
-        rows.append(padding + prompt if side == "left" else prompt + padding)
-        masks.append(zeros + [1] * len(prompt) if side == "left" else [1] * len(prompt) + zeros)
-    return torch.tensor(rows), torch.tensor(masks)
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "flex_attention"])
@@ -106,35 +58,8 @@ def test_padding_is_honoured(side, model, ours):
     assert outputs.past_key_values.paged.num_tokens == [len(prompt) for prompt in PROMPTS]
 
 
-def test_greedy_texts_equal_our_engine(model, ours):
-    token_BS, mask_BS = padded(PROMPTS, "left")
-    generated = model.generate(
-        token_BS,
-        attention_mask=mask_BS,
-        max_new_tokens=20,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=PAD,
-        return_dict_in_generate=True,
-    )
-    requests = Engine(ours).generate(PROMPTS, SamplingParams(max_new_tokens=20))
-    assert generated.sequences[:, token_BS.shape[1] :].tolist() == [request.output for request in requests]
-    usage = generated.past_key_values.usage()
-    assert usage.num_entries == sum(request.usage.num_entries for request in requests)
-    assert usage.compression_ratio > 1.2
-    assert generated.past_key_values.get_seq_length() == token_BS.shape[1] + 19
-
-
-def test_sampling_works(model):
-    torch.manual_seed(0)
-    generated = model.generate(
-        random_tokens(1, 5), do_sample=True, max_new_tokens=10, num_return_sequences=3, eos_token_id=None
-    )
-    assert generated.shape == (3, 15)
-
-
 def test_a_cache_goes_on_where_a_text_ended(model, ours):
-    """First pass, several tokens at once, one token; then a text that continues another."""
+    """First pass, several tokens at once, one token."""
     token_BS = random_tokens()
     expected = our_logits(ours, token_BS)
     with torch.no_grad():
@@ -143,14 +68,6 @@ def test_a_cache_goes_on_where_a_text_ended(model, ours):
         third = model(token_BS[:, 49:], past_key_values=second.past_key_values)
     logits = torch.cat([first.logits, second.logits, third.logits], dim=1)
     torch.testing.assert_close(logits, expected, **TOLERANCE)
-    cache = hf.DMCCache(model.config, block_size=4)
-    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
-    start = model.generate(token_BS[:1], past_key_values=cache, **options)
-    longer = torch.cat([start, token_BS[:1, :6]], dim=1)
-    went_on = model.generate(longer, past_key_values=cache, **options)
-    assert torch.equal(went_on, model.generate(longer, **options))
-    cache.reset()
-    assert torch.equal(model.generate(token_BS[:1], past_key_values=cache, **options), start)
 
 
 def test_loss_and_its_gradient(model, directory, ours):
@@ -165,86 +82,58 @@ def test_loss_and_its_gradient(model, directory, ours):
     torch.testing.assert_close(outputs.loss.detach(), expected, **TOLERANCE)
 
 
+def gradients(model, token_BS, **options):
+    """Of the loss, of every parameter by name."""
+    model.zero_grad()
+    model(token_BS, labels=token_BS, **options).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_gradients_in_other_modes(directory):
+    """Without a cache they flow, recomputed too; through a cache they are refused, never wrong in silence."""
+    model, token_BS = load(directory).train(), random_tokens()
+    expected = gradients(model, token_BS)
+    torch.testing.assert_close(gradients(model.eval(), token_BS, use_cache=False), expected)
+    model.train().gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(model, token_BS), expected)
+    for is_training, options in ((False, {}), (True, {"use_cache": True})):
+        with pytest.raises(ValueError, match="no gradient passes a compressed cache: call the model with use_cache=Fa"):
+            gradients(model.train(is_training), token_BS, **options)
+    model.requires_grad_(False)
+    assert not model.eval()(token_BS).logits.requires_grad
+
+
+def test_outputs_as_a_tuple_and_by_configuration(directory):
+    model, token_BS = load(directory, output_hidden_states=True), random_tokens(1, 9)
+    with torch.no_grad():
+        whole = model(token_BS)
+        logits, cache, states = model(token_BS, return_dict=False)
+        last, *_ = model.model(token_BS, return_dict=False)
+    assert torch.equal(logits, whole.logits)
+    assert isinstance(cache, hf.DMCCache)
+    assert len(states) == len(whole.hidden_states) == 3
+    assert torch.equal(last, whole.hidden_states[-1])
+
+
+def test_compiled_it_runs_as_it_is_written(directory):
+    """Its body is left out of the graph; one graph of all cannot be had."""
+    model, token_BS = load(directory), random_tokens(1, 9)
+    whole_graph = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="a compressed cache has lengths that only the tokens decide"):
+        whole_graph(token_BS)
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(token_BS).logits
+    torch.compiler.reset()
+    assert torch.equal(compiled, model(token_BS).logits)
+
+
 def test_save_pretrained_writes_a_model_that_we_read(model, ours, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = open_source(tmp_path / "again")
     assert again.dmc == SETTINGS
     assert again.config == ours.config
     assert torch.equal(again.tensor("model.norm.weight"), ours.final_norm)
-
-
-def test_bfloat16_generates(directory):
-    model = load(directory, dtype=torch.bfloat16)
-    generated = model.generate(random_tokens(2, 10), do_sample=False, max_new_tokens=5, eos_token_id=None)
-    assert generated.shape == (2, 15)
-
-
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
-def test_what_takes_back_tokens_is_refused(model, options):
-    with pytest.raises(ValueError, match="DMCLlamaForCausalLM only supports"):
-        model.generate(random_tokens(1, 5), max_new_tokens=5, **options)
-
-
-def test_assisted_decoding_is_refused_in_either_role(model):
-    with pytest.raises(ValueError, match="DMCLlamaForCausalLM only supports"):
-        model.generate(random_tokens(1, 5), max_new_tokens=5, assistant_model=model)
-    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_hf_config(model.config.shape())))
-    with pytest.raises(ValueError, match="merged tokens cannot be taken apart"):
-        plain.generate(random_tokens(1, 5), max_new_tokens=15, do_sample=False, assistant_model=model)
-
-
-@pytest.mark.parametrize(
-    "operation", ["crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "activate_past_recording"]
-)
-def test_the_cache_refuses_what_it_cannot_do(model, operation):
-    with torch.no_grad():
-        cache = model(random_tokens()).past_key_values
-    before = cache.usage()
-    with pytest.raises(ValueError, match="does not work with a compressed cache: merged tokens cannot be taken apart"):
-        getattr(cache, operation)(*([] if operation == "activate_past_recording" else [1]))
-    assert cache.usage() == before
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"past_key_values": transformers.DynamicCache()},
-            "past_key_values is a DynamicCache: this model needs a DMCCache",
-        ),
-        ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}, "a row without tokens or with a hole"),
-        ({"attention_mask": torch.zeros(1, 5)}, "a row without tokens or with a hole"),
-        ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\): must be \(1, 5\)"),
-        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, "position_ids must count the tokens of each row from 0"),
-        ({"output_attentions": True}, "attention weights are never formed"),
-        ({"inputs_embeds": torch.zeros(1, 5, 32)}, "either input_ids or inputs_embeds"),
-    ],
-)
-def test_wrong_input_is_refused(model, options, message):
-    with pytest.raises(ValueError, match=message):
-        model(random_tokens(1, 5), **options)
-
-
-def test_a_cache_of_another_batch_or_model_is_refused(model):
-    with torch.no_grad():
-        cache = model(random_tokens(3, 5)).past_key_values
-        with pytest.raises(ValueError, match="the cache holds 3 sequences, 2 were given"):
-            model(random_tokens(2, 1), past_key_values=cache)
-        with pytest.raises(ValueError, match="only a first pass is padded"):
-            model(random_tokens(3, 2), past_key_values=cache, attention_mask=torch.eye(7)[:3])
-    with pytest.raises(ValueError, match="written by DMCLlamaForCausalLM only"):
-        cache.update(torch.zeros(1), torch.zeros(1), 0)
-    with pytest.raises(ValueError, match="continuous batching"):
-        model.init_continuous_batching()
-    with pytest.raises(ValueError, match="the cache is empty"):
-        hf.DMCCache(model.config).usage()
-
-
-def test_settings_of_another_release_are_refused():
-    with pytest.raises(ValueError, match="schema_version=99: this release reads 1"):
-        hf.DMCLlamaConfig(dmc={**SETTINGS.to_dict(), "schema_version": 99})
-    with pytest.raises(ValueError, match="attention_bias=True is not supported"):
-        hf.DMCLlamaForCausalLM(hf.DMCLlamaConfig(dmc=SETTINGS.to_dict(), hidden_size=32, attention_bias=True))
 
 
 @pytest.mark.parametrize(
