@@ -14,6 +14,7 @@ from megatron_dmc.checkpoint.companions import TOKEN_IDS, token_ids
 from megatron_dmc.checkpoint.torch_file import StoredTensor
 from megatron_dmc.checkpoint.weight_files import find_weights
 from megatron_dmc.models.config import DTYPES, ModelConfig
+from megatron_dmc.models.fusion import Cut
 from megatron_dmc.models.hugging_face import parse_family, parse_hf_config, read_config_json
 from megatron_dmc.models.hugging_face_settings import check_settings
 from megatron_dmc.models.tensors import by_hf_name, check_names, hf_name
@@ -26,9 +27,13 @@ class NamedTensor(NamedTuple):
     stored: StoredTensor
     dtype: torch.dtype
 
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        return self.stored.read().to(self.dtype)
+    def read(self, cut: Cut | None = None) -> Tensor:
+        """The tensor or a part of it, in memory of its own. Of rows no others are read."""
+        if cut is None:
+            return self.stored.read().to(self.dtype)
+        if cut.axis == 0:
+            return self.stored.rows(cut.first, cut.last).read().to(self.dtype)
+        return cut.of(self.stored.read()).to(self.dtype)
 
 
 class HuggingFaceDirectory:

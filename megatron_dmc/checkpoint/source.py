@@ -21,7 +21,7 @@ from megatron_dmc.checkpoint.saved_arguments import SavedArguments, arguments_fr
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
-from megatron_dmc.models.fusion import MegatronShape
+from megatron_dmc.models.fusion import Cut, MegatronShape
 from megatron_dmc.models.tensors import EMBEDDING, Entry, by_hf_name, check_names, entries
 
 # Not part of the model: what Megatron keeps for the optimizer, the random state and the run.
@@ -54,13 +54,14 @@ class Source(ABC):
         """Every tensor, in the order of the forward pass."""
         return list(by_hf_name(self.config))
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor. Those that Megatron fuses with it stay in memory until another entry is read."""
+    def tensor(self, name: str, cut: Cut | None = None) -> Tensor:
+        """One tensor, or a part of it. Those that Megatron fuses with it stay in memory until another entry is read."""
         entry, place = by_hf_name(self.config)[name]
         if self._last is None or self._last[0] != entry:
             self._last = None
             self._last = (entry, self.parts(entry))
-        return self._last[1][place]
+        whole = self._last[1][place]
+        return whole if cut is None else cut.of(whole)
 
 
 def open_source(path: Path | str, ignored_settings: Sequence[str] = ()) -> HuggingFaceSource | MegatronSource:
@@ -97,8 +98,8 @@ class HuggingFaceSource(Source):
     def parts(self, entry: Entry) -> list[Tensor]:
         return [self.tensor(name) for name in entry.hf_names]
 
-    def tensor(self, name: str) -> Tensor:
-        return self.files.tensors[name].read()
+    def tensor(self, name: str, cut: Cut | None = None) -> Tensor:
+        return self.files.tensors[name].read(cut)
 
 
 class MegatronSource(Source):

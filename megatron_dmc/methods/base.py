@@ -14,14 +14,14 @@ dim, P entries per block, M blocks per head cache, E entries.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.methods.decisions import Decisions, NoiseSource
-from megatron_dmc.methods.step import Step, Tokens
+from megatron_dmc.methods.step import ALONE, Ranks, Step, Tokens
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.masked_attention.merged import attend as attend_pieces
 from megatron_dmc.ops.masked_attention.merged import merge
@@ -38,18 +38,6 @@ class Slot(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
-
-
-class Ranks(NamedTuple):
-    """How a layer's tensors are spread over ranks; by default they are not."""
-
-    mean_over_heads: Callable[[Tensor], Tensor] = lambda x: x
-    """Mean over tensor-parallel ranks, of a mean over this rank's heads."""
-    whole_sequence: Callable[[Tensor], Tensor] = lambda x: x
-    """All positions in order, from those of this context-parallel rank."""
-
-
-ALONE = Ranks()
 
 
 class Whole(NamedTuple):

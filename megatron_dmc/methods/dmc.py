@@ -35,16 +35,18 @@ SEGMENT = "segment"
 """Name of the running sums of the open segment in the cache."""
 
 
-def read_logits(q_SBND: Tensor, k_SBGD: Tensor, settings: DMCConfig) -> tuple[Tensor, Tensor]:
+def read_logits(
+    q_SBND: Tensor, k_SBGD: Tensor, settings: DMCConfig, ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor]:
     """Decision and importance logits, float32 [..., G], from queries [..., N, D] and keys [..., G, D] before RoPE.
 
-    With one decision per layer [..., 1]: means over the heads given, of which all ranks have equally many, so that
-    the mean over tensor-parallel ranks is that of the layer.
+    With one decision per layer [..., 1]: means over the heads of all ranks, which have equally many.
     """
     decision = decisions.decision_logits(k_SBGD, settings.decision_bias)
     importance = decisions.importance_logits(q_SBND, k_SBGD.shape[-2], settings.decision_bias)
     if settings.decisions_per == "layer":
-        return decision.mean(-1, keepdim=True), importance.mean(-1, keepdim=True)
+        means = torch.cat([x.mean(-1, keepdim=True) for x in (decision, importance)], dim=-1)
+        decision, importance = ranks.mean_over_heads(means).split(1, dim=-1)
     return decision, importance
 
 
@@ -109,7 +111,7 @@ class DMC(Method):
     def absorb(self, tokens: Tokens, state: State, length_BG: Tensor) -> Update:
         """Append or accumulate every token."""
         step, k_TGD, v_TGD = tokens.step, tokens.k_TGD, tokens.v_TGD
-        logits = read_logits(tokens.q_TND, k_TGD, self.settings)
+        logits = read_logits(tokens.q_TND, k_TGD, self.settings, step.ranks)
         decided = decide(*logits, step.position_T == 0, self.settings).of_heads(k_TGD.shape[1])
         if step.decodes:
             segment, k_mean, v_mean = cache_update.update_segments(
@@ -155,9 +157,7 @@ class DMC(Method):
         ranks: Ranks = ALONE,
     ) -> Whole:
         """See :meth:`Method.whole`. Decisions are those of the whole sequence, [S, B, G]."""
-        logits = read_logits(q_TBND, k_SBGD, self.settings)
-        if self.settings.decisions_per == "layer":
-            logits = (ranks.mean_over_heads(logits[0]), ranks.mean_over_heads(logits[1]))
+        logits = read_logits(q_TBND, k_SBGD, self.settings, ranks)
         k_SBGD, v_SBGD, *logits_SBG = (ranks.whole_sequence(x) for x in (k_SBGD, v_SBGD, *logits))
         noise_SBG = None if noise is None else noise(logits_SBG[0].shape[-1])
         decided = decide(logits_SBG[0], logits_SBG[1], geometry.first_SB, self.settings, noise_SBG)

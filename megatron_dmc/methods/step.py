@@ -5,7 +5,7 @@ Legend: T new tokens of all sequences, B sequences, N query heads, G KV heads, D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -14,6 +14,18 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.geometry import Geometry
+
+
+class Ranks(NamedTuple):
+    """How a layer's tensors are spread over ranks; by default they are not."""
+
+    mean_over_heads: Callable[[Tensor], Tensor] = lambda x: x
+    """Mean over tensor-parallel ranks, of a mean over this rank's heads: all that a method may ask of other ranks."""
+    whole_sequence: Callable[[Tensor], Tensor] = lambda x: x
+    """All positions in order, from those of this context-parallel rank."""
+
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +38,7 @@ class Step:
         counts: new tokens of each sequence, at least 1.
         inverse_frequencies: of the rotary angles, float32 [D/2].
         ends_prompt: whether these are the last tokens of every sequence's prompt, or later ones.
+        ranks: how the heads are spread.
     """
 
     rows: Sequence[int]
@@ -33,6 +46,7 @@ class Step:
     counts: Sequence[int]
     inverse_frequencies: Tensor
     ends_prompt: bool = True
+    ranks: Ranks = ALONE
 
     @property
     def num_tokens(self) -> int:

@@ -3,7 +3,7 @@
 Source: arXiv 2401.06104. One set of entries for a whole layer: weights are the mean over all query heads. No recent
 window and no sinks are protected, the newest token itself may leave. A prompt is cut once, by its last query.
 
-What it is not: learned, or per head. Under tensor parallelism the mean would have to be taken over all ranks.
+What it is not: learned, or per head. Under tensor parallelism the mean is taken over all ranks.
 
 Shapes: B sequences, G KV heads, R query heads per KV head, S tokens of a prompt, E entries.
 """
@@ -28,7 +28,7 @@ class TOVA(EvictingPolicy):
         """The victim of the next step: the same place in every head."""
         q_BND = self.rotated_queries(tokens)
         weights_BGRE = decode_weights(q_BND, caches.k_blocks, caches.block_table_BGM, caches.length_BG)
-        mean_BE = weights_BGRE.mean(dim=(1, 2))
+        mean_BE = tokens.step.ranks.mean_over_heads(weights_BGRE.mean(dim=(1, 2)))
         filled_BE = torch.arange(mean_BE.shape[-1], device=mean_BE.device) < caches.length_BG[:, :1]
         victim_B = mean_BE.masked_fill(~filled_BE, torch.inf).argmin(dim=-1)
         return {VICTIM: victim_B.to(torch.int32).unsqueeze(-1).expand_as(caches.length_BG)}
@@ -37,4 +37,6 @@ class TOVA(EvictingPolicy):
         """Mean weights of the last query, the same for every head."""
         q_TND = self.rotated_queries(tokens)
         weights = prompt_weights(q_TND, update.k_TGD, tokens.step.counts, last=True)
-        return [weights_GRS.mean(dim=(0, 1)).expand(weights_GRS.shape[0], -1) for weights_GRS in weights]
+        mean_over_heads = tokens.step.ranks.mean_over_heads
+        means = [mean_over_heads(weights_GRS.mean(dim=(0, 1))) for weights_GRS in weights]
+        return [mean_S.expand(weights_GRS.shape[0], -1) for mean_S, weights_GRS in zip(means, weights, strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,18 +59,36 @@ def pad_vocabulary(weight: Tensor, rows: int) -> Tensor:
     return padded
 
 
+class Cut(NamedTuple):
+    """A part of a tensor: entries ``first .. last`` of one axis."""
+
+    axis: int
+    first: int
+    last: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part, in memory of its own."""
+        return tensor.narrow(self.axis, self.first, self.last - self.first).clone()
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the part of a tensor of shape ``whole``."""
+        return (*whole[: self.axis], self.last - self.first, *whole[self.axis + 1 :])
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How Hugging Face's tensors become one of Megatron's, and how tensor parallelism cuts that one.
+    """How Hugging Face's tensors become one of Megatron's, and how tensor parallelism cuts both.
 
     ``fuse`` and ``split`` are inverse to each other on the real rows of the vocabulary, ``shard`` and ``unshard`` on
-    every tensor whose cut axis divides by the number of shards.
+    every tensor whose cut axis divides by the number of shards. ``cut_axis`` is that of Hugging Face's tensors; None:
+    every rank holds all of them.
     """
 
     fuse: Callable[[Sequence[Tensor], MegatronShape], Tensor]
     split: Callable[[Tensor, MegatronShape], tuple[Tensor, ...]]
     shard: Callable[[Tensor, int], list[Tensor]]
     unshard: Callable[[Sequence[Tensor]], Tensor]
+    cut_axis: int | None
 
 
 def _fuse_qkv(parts: Sequence[Tensor], shape: MegatronShape) -> Tensor:
@@ -121,23 +140,26 @@ def _unshard_gate_up(shards: Sequence[Tensor]) -> Tensor:
     return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
 
 
-REPLICATED = Layout(_only, _alone, _copies, _first_of_equal)
-COLUMNS = Layout(_only, _alone, _cut(1), _join(1))
+REPLICATED = Layout(_only, _alone, _copies, _first_of_equal, cut_axis=None)
+COLUMNS = Layout(_only, _alone, _cut(1), _join(1), cut_axis=1)
 VOCABULARY = Layout(
     fuse=lambda parts, shape: pad_vocabulary(parts[0], shape.padded_vocab_size),
     split=lambda fused, shape: (fused[: shape.config.vocab_size],),
     shard=_cut(0),
     unshard=_join(0),
+    cut_axis=0,
 )
 QKV = Layout(
     fuse=_fuse_qkv,
     split=lambda fused, shape: split_qkv(fused, shape.config),
     shard=_cut(0),
     unshard=_join(0),
+    cut_axis=0,
 )
 GATE_UP = Layout(
     fuse=lambda parts, shape: torch.cat(list(parts)),
     split=lambda fused, shape: fused.chunk(2),
     shard=_shard_gate_up,
     unshard=_unshard_gate_up,
+    cut_axis=0,
 )

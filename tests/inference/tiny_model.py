@@ -46,8 +46,8 @@ class RandomSource:
     def names(self):
         return list(self.tensors)
 
-    def tensor(self, name):
-        return self.tensors[name]
+    def tensor(self, name, cut=None):
+        return self.tensors[name] if cut is None else cut.of(self.tensors[name])
 
 
 def tiny_llama(num_attention_heads=4, num_kv_heads=2, **changes) -> ModelConfig:

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_dmc.checkpoint.source import Source
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
 from megatron_dmc.inference.decoder.layer_attention import Attention, CachedAttention, DecisionTrace, WholeAttention
+from megatron_dmc.inference.decoder.parallel import ALONE, TensorParallel
 from megatron_dmc.methods import Method, method_of
 from megatron_dmc.methods.step import Step
 from megatron_dmc.models.config import DTYPES
@@ -49,9 +50,11 @@ class Decoder:
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the stored one.
         device: where it computes.
         method: how the cache is kept; None: as the model was trained.
+        parallel: the ranks that hold the model together; each reads its share of it.
 
     Raises:
-        ValueError: a tensor is missing or has another shape than the configuration says; an unknown dtype.
+        ValueError: a tensor is missing or has another shape than the configuration says; an unknown dtype; ranks that
+            cannot have equally many heads.
     """
 
     def __init__(
@@ -61,8 +64,11 @@ class Decoder:
         dtype: str | None = None,
         device: torch.device | str = "cpu",
         method: Method | None = None,
+        parallel: TensorParallel = ALONE,
     ) -> None:
         self.config = source.config
+        self.parallel = parallel
+        parallel.check(self.config)
         self.settings = source.dmc
         dtype = dtype or self.config.dtype
         if dtype not in DTYPES:
@@ -80,7 +86,11 @@ class Decoder:
         def load(role: str, layer: int | None = None) -> Tensor:
             name = hf_name(config, role, layer)
             entry, place = by_hf_name(config)[name]
-            tensor, shape = source.tensor(name), entry.hf_shapes(config)[place]
+            shape, axis, cut = entry.hf_shapes(config)[place], entry.row.layout.cut_axis, None
+            if axis is not None and self.parallel.size > 1:
+                cut = self.parallel.cut(axis, shape[axis])
+                shape = cut.shape(shape)
+            tensor = source.tensor(name, cut)
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: the model's configuration says {shape}")
             return tensor.to(self.device, self.dtype)
@@ -105,10 +115,12 @@ class Decoder:
     def new_cache(
         self, num_sequences: int, *, block_size: int = DEFAULT_BLOCK_SIZE, num_blocks: int | None = None
     ) -> PagedKVCache:
-        """An empty cache for this model; see :class:`PagedKVCache`."""
+        """An empty cache for this rank's heads; see :class:`PagedKVCache`. ``num_blocks`` are those of all ranks."""
+        if num_blocks is not None:
+            num_blocks = max(1, num_blocks // self.parallel.size)
         shape = CacheShape(
             num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads,
+            num_kv_heads=self.config.num_kv_heads // self.parallel.size,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
             state=self.method.state(self.config.head_dim),
@@ -124,7 +136,7 @@ class Decoder:
             ValueError: the method has no form for whole sequences.
         """
         geometry = Geometry(token_SB.shape[0], token_SB.shape[1], self.inverse_frequencies)
-        return self._body(token_SB, WholeAttention(self.method, geometry, trace))
+        return self._body(token_SB, WholeAttention(self.method, geometry, trace, self.parallel))
 
     @torch.no_grad()
     def read(
@@ -155,33 +167,33 @@ class Decoder:
             ValueError: a part of a text, which the method can only read whole.
         """
         positions = [cache.num_tokens[row] for row in rows]
-        step = Step(rows, positions, counts, self.inverse_frequencies, ends_prompt)
+        step = Step(rows, positions, counts, self.inverse_frequencies, ends_prompt, self.parallel.ranks)
         if not self.method.reads_parts and not step.decodes and (step.continues or not ends_prompt):
             raise ValueError(f"{self.method.name} reads a prompt whole, or one token at a time: parts were given")
         cache.reserve(rows, counts)
-        hidden_TH = self._body(token_T, CachedAttention(self.method, cache, step, trace))
+        hidden_TH = self._body(token_T, CachedAttention(self.method, cache, step, trace, self.parallel))
         cache.commit(step)
         return hidden_TH
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [..., V] from hidden states [..., H]."""
-        return F.linear(hidden, self.output).float()
+        return self.parallel.gather(F.linear(hidden, self.output), self.config.vocab_size).float()
 
     def _body(self, tokens: Tensor, attention: Attention) -> Tensor:
         """Hidden states [..., H] of tokens [...]."""
-        hidden = F.embedding(tokens, self.embedding)
+        hidden = self.parallel.embedding(tokens, self.embedding, self.config.vocab_size)
         for index, layer in enumerate(self.layers):
             mixed = attention(index, *self._project(hidden, layer)).flatten(-2)
-            hidden = hidden + F.linear(mixed, layer.attention_output)
+            hidden = hidden + self.parallel.sum(F.linear(mixed, layer.attention_output))
             gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+            hidden = hidden + self.parallel.sum(F.linear(F.silu(gate) * up, layer.down))
         return self._norm(hidden, self.final_norm)
 
     def _project(self, hidden: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [..., N, D], keys and values [..., G, D]."""
+        """Queries [..., N, D], keys and values [..., G, D] of this rank."""
         config = self.config
-        heads = [config.num_attention_heads, config.num_kv_heads, config.num_kv_heads]
+        heads = [n // self.parallel.size for n in (config.num_attention_heads, config.num_kv_heads, config.num_kv_heads)]
         qkv = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv)
         q, k, v = qkv.unflatten(-1, (sum(heads), config.head_dim)).split(heads, dim=-2)
         if layer.q_norm is not None and layer.k_norm is not None:

@@ -13,8 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_dmc.inference.cache.allocator import OutOfBlocks
 from megatron_dmc.inference.cache.paged_kv_cache import PagedKVCache
-from megatron_dmc.methods.base import Method
+from megatron_dmc.inference.decoder.parallel import ALONE, TensorParallel
+from megatron_dmc.methods.base import HeadCaches, Method, Update
 from megatron_dmc.methods.decisions import Decisions
 from megatron_dmc.methods.step import Step, Tokens
 from megatron_dmc.ops.geometry import Geometry
@@ -49,13 +51,20 @@ class WholeAttention:
         method: how the cache would be kept.
         geometry: positions of the sequences.
         trace: filled with the decisions of each layer.
+        parallel: the ranks that hold the heads.
     """
 
-    def __init__(self, method: Method, geometry: Geometry, trace: DecisionTrace | None = None) -> None:
-        self.method, self.geometry, self.trace = method, geometry, trace
+    def __init__(
+        self,
+        method: Method,
+        geometry: Geometry,
+        trace: DecisionTrace | None = None,
+        parallel: TensorParallel = ALONE,
+    ) -> None:
+        self.method, self.geometry, self.trace, self.parallel = method, geometry, trace, parallel
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        output, decisions = self.method.whole(q, k, v, self.geometry)
+        output, decisions = self.method.whole(q, k, v, self.geometry, ranks=self.parallel.ranks)
         if self.trace is not None:
             self.trace.add(decisions, k.shape[2])
         return output
@@ -69,16 +78,24 @@ class CachedAttention:
         cache: with blocks reserved for the pass.
         step: the pass.
         trace: filled with the decisions of each layer.
+        parallel: the ranks that hold the heads.
     """
 
-    def __init__(self, method: Method, cache: PagedKVCache, step: Step, trace: DecisionTrace | None = None) -> None:
-        self.method, self.cache, self.step, self.trace = method, cache, step, trace
+    def __init__(
+        self,
+        method: Method,
+        cache: PagedKVCache,
+        step: Step,
+        trace: DecisionTrace | None = None,
+        parallel: TensorParallel = ALONE,
+    ) -> None:
+        self.method, self.cache, self.step, self.trace, self.parallel = method, cache, step, trace, parallel
 
     @torch.no_grad()
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = Tokens(q, k, v, self.step)
         update = self.method.absorb(tokens, *self.cache.before(layer, self.step))
-        caches = self.cache.write(layer, self.step, update)
+        caches = self._write(layer, update)
         output = self.method.attend(tokens, update, caches)
         if self.step.decodes:
             self.cache.set_state(layer, self.step, self.method.observe(tokens, update, caches))
@@ -90,3 +107,10 @@ class CachedAttention:
         if self.trace is not None:
             self.trace.add(update.decisions, k.shape[1])
         return output
+
+    def _write(self, layer: int, update: Update) -> HeadCaches:
+        if self.step.decodes:
+            return self.cache.write(layer, self.step, update)
+        # The pool of one rank may be full where others still have room: none of them may go on alone.
+        with self.parallel.together(OutOfBlocks):
+            return self.cache.write(layer, self.step, update)
