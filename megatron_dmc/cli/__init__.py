@@ -34,6 +34,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") != "0":
+            # The first of the ranks that torchrun started says the same.
+            self.exit(EXIT_USER_ERROR)
         self.print_usage(sys.stderr)
         self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message}\n")
 

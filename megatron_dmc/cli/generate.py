@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.cli.model_options import add_model_options, open_model, open_tokenizer
+from megatron_dmc.cli.ranks import on_all_ranks
 
 if TYPE_CHECKING:
     from megatron_dmc.data.tokenizer import Tokenizer
     from megatron_dmc.data.tokenizer.end_tokens import EndTokens
     from megatron_dmc.inference.cache.usage import CacheUsage
+    from megatron_dmc.inference.decoder.parallel import TensorParallel
     from megatron_dmc.inference.request import Request
 
 PROMPTS_FILE = 'one prompt per line; with the suffix .jsonl one object {"prompt": ...} per line'
@@ -45,20 +47,28 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Continue the prompts and print texts and cache."""
+    """Continue the prompts and print texts and cache; on all ranks that torchrun started."""
+    with on_all_ranks() as parallel:
+        return _run(args, parallel)
+
+
+def _run(args: argparse.Namespace, parallel: TensorParallel) -> int:
     from megatron_dmc.data.tokenizer.end_tokens import end_tokens
     from megatron_dmc.inference.cache.usage import CacheUsage
     from megatron_dmc.inference.engine import Engine
     from megatron_dmc.support.files import to_json
 
     prompts = _prompts(args)
-    model, companions = open_model(args)
+    model, companions = open_model(args, parallel)
     tokenizer = open_tokenizer(args, companions, model.config.vocab_size)
     ends = end_tokens(companions, tokenizer)
     requests = _requests(args, prompts, tokenizer, ends)
     engine = Engine(model, max_sequences=args.max_sequences, block_size=args.block_size, num_blocks=args.num_blocks)
     _say_what_was_taken(args, tokenizer, ends)
     _generate(engine, requests)
+    for request in requests:
+        if request.usage is not None:
+            request.usage = CacheUsage.of_ranks(parallel.all_objects(request.usage))
     failed = [request for request in requests if request.error]
     if len(failed) == len(requests):
         raise ValueError(failed[0].error)

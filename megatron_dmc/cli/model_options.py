@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dmc.cli.ranks import num_ranks
 from megatron_dmc.models.config import DTYPES
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_dmc.data.tokenizer import Tokenizer
     from megatron_dmc.inference.decoder.decoder import Decoder
+    from megatron_dmc.inference.decoder.parallel import TensorParallel
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -39,29 +44,49 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def open_model(args: argparse.Namespace) -> tuple[Decoder, Path]:
+def open_model(args: argparse.Namespace, parallel: TensorParallel | None = None) -> tuple[Decoder, Path]:
     """The model that ``args`` name, and the directory where its own tokenizer would be.
 
-    Raises:
-        ValueError: no readable model, or no such device.
-    """
-    import torch
+    Args:
+        parallel: the ranks that hold it together; None: this process alone.
 
+    Raises:
+        ValueError: no readable model, no such device, or ranks that a command cannot use.
+    """
     from megatron_dmc.checkpoint.source import open_source
     from megatron_dmc.inference.decoder.decoder import Decoder
+    from megatron_dmc.inference.decoder.parallel import ALONE
     from megatron_dmc.methods import policy
+
+    if parallel is None and num_ranks() > 1:
+        raise ValueError("this command runs on one process: start it without torchrun (generate runs on several)")
 
     if (args.policy is None) != (args.budget is None):
         raise ValueError("--policy and --budget belong together: give both, or neither for the model's own method")
     method = None if args.policy is None else policy(args.policy, args.budget)
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(args.device, parallel or ALONE)
+    source = open_source(args.model)
+    model = Decoder(source, dtype=args.dtype, device=device, method=method, parallel=parallel or ALONE)
+    return model, source.companions
+
+
+def _device(asked: str | None, parallel: TensorParallel) -> torch.device:
+    """The device that the user asks for; of several ranks each takes the GPU of its number."""
+    import torch
+
+    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    if parallel.size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ValueError(f"--device {name}: every rank needs a GPU of its own; give --device cuda")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; cpu always works") from error
-    source = open_source(args.model)
-    return Decoder(source, dtype=args.dtype, device=device, method=method), source.companions
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def open_tokenizer(args: argparse.Namespace, companions: Path, vocab_size: int) -> Tokenizer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_dmc.inference.cache.allocator import OutOfBlocks
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.request import Request
@@ -39,7 +40,9 @@ class ModelRunner:
         for request in new:
             request.row = next(rows)
         try:
-            self.cache.reserve(_rows(batch), batch.counts)
+            # All ranks read the same tokens, or none does.
+            with self.model.parallel.together(OutOfBlocks, same=hash(tuple(_tokens(batch)))):
+                self.cache.reserve(_rows(batch), batch.counts)
         except ValueError:
             for request in new:
                 self.release(request)
@@ -47,9 +50,8 @@ class ModelRunner:
 
     def run(self, batch: Batch) -> Tensor:
         """Read the tokens of a batch: float32 logits [B, V] after the last token of each request."""
-        token_T = [token for request, count in _parts(batch) for token in request.unread[:count]]
         hidden_TH = self.model.read(
-            torch.tensor(token_T, device=self.model.device),
+            torch.tensor(_tokens(batch), device=self.model.device),
             batch.counts,
             self.cache,
             _rows(batch),
@@ -74,6 +76,10 @@ class ModelRunner:
 
 def _rows(batch: Batch) -> list[int]:
     return [request.row for request in batch.requests if request.row is not None]
+
+
+def _tokens(batch: Batch) -> list[int]:
+    return [token for request, count in _parts(batch) for token in request.unread[:count]]
 
 
 def _parts(batch: Batch) -> list[tuple[Request, int]]:

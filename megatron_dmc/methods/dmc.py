@@ -35,9 +35,7 @@ SEGMENT = "segment"
 """Name of the running sums of the open segment in the cache."""
 
 
-def read_logits(
-    q_SBND: Tensor, k_SBGD: Tensor, settings: DMCConfig, ranks: Ranks = ALONE
-) -> tuple[Tensor, Tensor]:
+def read_logits(q_SBND: Tensor, k_SBGD: Tensor, settings: DMCConfig, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
     """Decision and importance logits, float32 [..., G], from queries [..., N, D] and keys [..., G, D] before RoPE.
 
     With one decision per layer [..., 1]: means over the heads of all ranks, which have equally many.

@@ -5,6 +5,8 @@ Legend: L layers, B sequences of a batch, G KV heads.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +65,15 @@ class CacheUsage:
             uncompressed_blocks=sum(part.uncompressed_blocks for part in parts),
             block_bytes=parts[0].block_bytes,
             state_bytes=sum(part.state_bytes for part in parts),
+        )
+
+    @classmethod
+    def of_ranks(cls, parts: Sequence[CacheUsage]) -> CacheUsage:
+        """The same sequences on tensor-parallel ranks, each with its KV heads, in their order."""
+        return dataclasses.replace(
+            parts[0],
+            entries=_beside([part.entries for part in parts]),
+            blocks=_beside([part.blocks for part in parts]),
         )
 
     @property
@@ -126,6 +137,10 @@ class CacheUsage:
 
 def _table(counts_LG: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in counts_LG.tolist())
+
+
+def _beside(tables: list[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(itertools.chain(*rows)) for rows in zip(*tables, strict=True))
 
 
 def _summed(tables: list[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:

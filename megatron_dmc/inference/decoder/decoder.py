@@ -192,8 +192,8 @@ class Decoder:
 
     def _project(self, hidden: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., N, D], keys and values [..., G, D] of this rank."""
-        config = self.config
-        heads = [n // self.parallel.size for n in (config.num_attention_heads, config.num_kv_heads, config.num_kv_heads)]
+        config, size = self.config, self.parallel.size
+        heads = [config.num_attention_heads // size, config.num_kv_heads // size, config.num_kv_heads // size]
         qkv = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv)
         q, k, v = qkv.unflatten(-1, (sum(heads), config.head_dim)).split(heads, dim=-2)
         if layer.q_norm is not None and layer.k_norm is not None:

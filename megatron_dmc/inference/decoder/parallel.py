@@ -10,7 +10,6 @@ Legend: T new tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,24 +38,19 @@ class TensorParallel:
         """What methods may ask of other ranks."""
 
     @classmethod
-    def join(cls) -> TensorParallel:
-        """The group of all processes that torchrun started; alone where it started none.
-
-        Tensors of a GPU travel by NCCL, others by gloo.
-        """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return cls()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        return cls(size, dist.get_rank())
+    def join(cls, store: dist.Store, rank: int, size: int) -> TensorParallel:
+        """Meet the other processes at a store. Tensors of a GPU travel by NCCL, others by gloo."""
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        return cls(size, rank)
 
     def check(self, config: ModelConfig) -> None:
         """Raises ``ValueError`` where the ranks cannot have equally many heads of a model."""
         if config.num_kv_heads % self.size:
             divisors = [n for n in range(1, config.num_kv_heads + 1) if config.num_kv_heads % n == 0]
             raise ValueError(
-                f"{self.size} ranks cannot share {config.num_kv_heads} KV heads equally: start {_either(divisors)} with "
-                "torchrun --nproc-per-node"
+                f"{self.size} ranks cannot share {config.num_kv_heads} KV heads equally: start {_either(divisors)} "
+                "with torchrun --nproc-per-node"
             )
 
     def cut(self, axis: int, length: int) -> Cut:
@@ -115,7 +109,8 @@ class TensorParallel:
             failed, largest, negated_smallest = self._most([error is not None, same, -same])
             assert largest == -negated_smallest, f"ranks have diverged: {same} here, {-negated_smallest} to {largest}"
         if failed:
-            raise error or kind("the cache of another rank is full: give it more blocks, or shorten the texts")
+            messages = self.all_objects(str(error or ""))
+            raise error or kind(next(filter(None, messages)))
 
     def _mean(self, x: Tensor) -> Tensor:
         return x if self.size == 1 else self.sum(x.clone()) / self.size
@@ -150,7 +145,8 @@ def _lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise InfrastructureError(f"another rank has ended ({str(error).splitlines()[0]})") from error
+        reason = str(error).split(". ")[0]
+        raise InfrastructureError(f"another rank has ended, torchrun says which and how ({reason})") from error
 
 
 def _either(numbers: list[int]) -> str:
