@@ -268,9 +268,8 @@ class PagedKVCache:
         needed = self._num_blocks(self.cache_seqlens)
         short = int((needed > self.held_blocks).sum())
         assert not short, f"head caches with fewer blocks than entries need: {short} != 0"
-        may_change = (
-            is_held & (self._columns() >= needed.unsqueeze(-1) - 1) if self.shape.only_newest_changes else is_held
-        )
+        first_LBG = needed - 1 if self.shape.only_newest_changes else torch.zeros_like(needed)
+        may_change = is_held & (self._columns() >= first_LBG.unsqueeze(-1))
         shared = int((self.blocks.holders_X[self.block_table[may_change]] > 1).sum())
         assert not shared, f"shared blocks that a step may change: {shared} != 0"
         occupied = {row for row, held in enumerate(self.held_blocks.sum(dim=(0, 2)).tolist()) if held}

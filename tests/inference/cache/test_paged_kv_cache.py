@@ -51,7 +51,7 @@ class ListCache:
 
 
 def random_update(draw, step, length_BG, only_newest):
-    """Heads append or overwrite as they like or are let; a token that another one of the pass overwrites writes nothing."""
+    """Every head appends or overwrites as it likes; a token that another one of the pass overwrites writes nothing."""
     entry_TG = torch.full((step.num_tokens, G), -1, dtype=torch.int32)
     for sequence, (start, count) in enumerate(zip(step.starts, step.counts, strict=True)):
         for head in range(G):
