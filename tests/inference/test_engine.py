@@ -102,8 +102,8 @@ def test_a_request_that_does_not_fit_alone_fails_and_leaves_nothing_behind():
     ("settings", "num_blocks"),
     [
         (None, 100),
-        (DMCConfig(decision_bias=-1.0), 70),
-        (DMCConfig(decision_bias=-1.0, window_size=5), 70),
+        (DMCConfig(decision_bias=-1.0), 60),
+        (DMCConfig(decision_bias=-1.0, window_size=5), 60),
     ],
 )
 def test_a_full_cache_loses_no_request_and_changes_no_text(settings, num_blocks):
