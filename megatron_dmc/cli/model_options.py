@@ -31,7 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: the stored one)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--block-size", type=int, default=16, help="entries per block of the cache (default: 16)")
+    parser.add_argument("--block-size", type=int, default=32, help="entries per block of the cache (default: 32)")
     parser.add_argument(
         "--policy", metavar="NAME", help="keep the cache of any model by a policy that needs no training; with --budget"
     )

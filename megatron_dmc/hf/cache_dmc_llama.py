@@ -46,7 +46,9 @@ class DMCCache(Cache):
                 head_dim=self.shape.head_dim,
                 dtype=dtype,
                 state=self.method.state(self.shape.head_dim),
+                only_newest_changes=self.method.only_newest_changes,
                 block_size=self.block_size,
+                max_tokens=self.shape.max_position_embeddings,
             )
             self.paged = PagedKVCache(shape, batch, device=device)
             self.rows = self.paged.add_sequences(batch)

@@ -105,6 +105,7 @@ class Method(ABC):
         has_whole_form: whether :meth:`whole` exists; evaluation and training at once need it.
         exact_recompute: whether reading a text again gives the cache that decoding it gave.
         reads_parts: whether several tokens can be read behind others; where not, a prompt is read whole.
+        only_newest_changes: whether no step writes an entry other than the newest and the one after it.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Method(ABC):
     has_whole_form: bool = False
     exact_recompute: bool = False
     reads_parts: bool = True
+    only_newest_changes: bool = False
 
     def state(self, head_dim: int) -> Mapping[str, Slot]:
         """What the cache keeps for every head beside keys and values; any value where a sequence begins."""

@@ -98,6 +98,7 @@ class DMC(Method):
     neuron_scale = 0.0
     has_whole_form = True
     exact_recompute = True
+    only_newest_changes = True
 
     def __init__(self, settings: DMCConfig) -> None:
         self.settings = settings

@@ -133,6 +133,27 @@ def test_a_request_that_lost_its_cache_resumes():
         torch.testing.assert_close(log_probs, expected[t], **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "settings", [None, DMCConfig(decision_bias=-1.0), DMCConfig(decision_bias=-1.0, window_size=5)]
+)
+def test_copies_of_a_prompt_go_on_as_if_each_had_read_it(settings):
+    """One prompt is read once and continued in three ways, of which one ends before the others."""
+    model = tiny_model(settings)
+    token_SB = random_tokens(3)
+    token_SB[:23] = token_SB[:23, :1]
+    expected, _ = whole_log_probs(model, token_SB)
+    cache = model.new_cache(3, block_size=4)
+    rows = cache.add_sequences(1)
+    model.read(token_SB[:23, 0], [23], cache, rows)
+    rows += cache.fork(rows[0], 2)
+    for t in range(23, LENGTH):
+        if t == 40:
+            cache.free_sequences([rows.pop(0)])
+        log_probs = model.logits(model.read(token_SB[t, -len(rows) :], [1] * len(rows), cache, rows)).log_softmax(-1)
+        torch.testing.assert_close(log_probs, expected[t, -len(rows) :], **TOLERANCE)
+        cache.check_integrity()
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("window_size", [0, 12])
 def test_paged_attention_equals_the_recurrence_of_the_paper(window_size, heads):

@@ -21,6 +21,7 @@ class Newest(Dense):
     has_whole_form = False
     exact_recompute = False
     reads_parts = False
+    only_newest_changes = False
 
     def __init__(self, budget: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Blocks and rows of the cache as numbers: which are free is known here, what they contain is not. No torch."""
+"""Rows of the cache as numbers: which are free is known here, what they contain is not. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Allocator:
         what: what they number, for messages.
     """
 
-    def __init__(self, total: int, what: str = "blocks") -> None:
+    def __init__(self, total: int, what: str = "rows") -> None:
         self.total = total
         self.what = what
         self._free = list(reversed(range(total)))
@@ -57,11 +57,6 @@ class Allocator:
         assert once <= self._in_use, f"{self.what} not in use: {sorted(once - self._in_use)}"
         self._in_use.difference_update(numbers)
         self._free.extend(numbers)
-
-    def extend(self, count: int) -> None:
-        """Add ``count`` free numbers."""
-        self._free.extend(reversed(range(self.total, self.total + count)))
-        self.total += count
 
     def check_integrity(self) -> None:
         """Compare the books. The message of the ``AssertionError`` is the equation that does not hold."""

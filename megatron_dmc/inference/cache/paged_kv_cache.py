@@ -4,8 +4,12 @@ A head cache is the list of entries of one (layer, sequence, KV head). Heads of 
 Which entries new tokens write is the method's business (``megatron_dmc.methods``), and so is what :attr:`state` means;
 here are memory and books. A pass reserves its blocks, writes layer by layer, and is committed.
 
+The books (tables, lengths, who holds which block) are tensors on the cache's device. A pass that decodes reads nothing
+back, unless the host's own lower bound of free blocks says that they may not suffice: then it reads one integer. Passes
+over several tokens of a sequence read back how many blocks they take.
+
 Legend: L layers, B sequences of a pass, G KV heads, T new tokens, D head dim, P entries per block (``block_size``),
-M blocks per head cache, E entries.
+M blocks per head cache, E entries, C copies of a sequence.
 """
 
 from __future__ import annotations
@@ -18,11 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dmc.inference.cache.allocator import Allocator, OutOfBlocks
+from megatron_dmc.inference.cache.blocks import Blocks
+from megatron_dmc.inference.cache.memory import available_bytes, zeros
 from megatron_dmc.methods.base import HeadCaches, Keep, Slot, State, Update
 from megatron_dmc.methods.step import Step
 from megatron_dmc.ops.paged_attention import entry_slots
 
-DEFAULT_BLOCK_SIZE = 16
+DEFAULT_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,10 @@ class CacheShape:
         num_layers, num_kv_heads, head_dim: of the model.
         dtype: of keys and values in the pool.
         state: what the method keeps for every head beside them.
-        block_size: entries per block, at least 1.
+        only_newest_changes: whether the method writes no entry but the newest and the one after it, so that copies of a
+            sequence can share full blocks.
+        block_size: entries per block, at least 1; kernels take powers of 2 from 16 to 64.
+        max_tokens: tokens of a sequence; makes the size of a pool for which none is given.
     """
 
     num_layers: int
@@ -41,11 +50,20 @@ class CacheShape:
     head_dim: int
     dtype: torch.dtype
     state: Mapping[str, Slot] = field(default_factory=dict)
+    only_newest_changes: bool = False
     block_size: int = DEFAULT_BLOCK_SIZE
+    max_tokens: int = 4096
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size}: must be at least 1 entry (16 by default)")
+            raise ValueError(
+                f"block_size={self.block_size}: must be at least 1 entry ({DEFAULT_BLOCK_SIZE} by default)"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """Head caches of a sequence."""
+        return self.num_layers * self.num_kv_heads
 
     @property
     def block_bytes(self) -> int:
@@ -57,22 +75,31 @@ class CacheShape:
         """Bytes of the method's state of one head."""
         return sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in self.state.values())
 
+    def num_blocks(self, num_sequences: int, device: torch.device) -> int:
+        """Blocks that so many sequences need at most, without compression, as far as there is memory."""
+        most = num_sequences * self.num_heads * (self.max_tokens // self.block_size + 1)
+        return max(1, min(most, available_bytes(device) // self.block_bytes))
+
 
 class PagedKVCache:
     """Blocks, block tables, lengths and the method's state; owns all memory of the sequences in it.
 
-    A sequence occupies a row from :meth:`add_sequences` to :meth:`free_sequences`.
+    A sequence occupies a row from :meth:`add_sequences` or :meth:`fork` to :meth:`free_sequences`.
 
     Args:
         shape: of the model and its blocks.
         num_sequences: rows, the sequences held at once.
-        num_blocks: size of the pool; None lets it grow by half whenever it is full.
+        num_blocks: size of the pool; None: :meth:`CacheShape.num_blocks`. On a CPU, blocks take memory when they are
+            first written.
         device: of all tensors.
 
     Attributes:
         num_tokens: tokens that each row has seen, which is the position of its next one.
         cache_seqlens: int32 [L, rows, G] entries of each head cache.
         held_blocks: int32 [L, rows, G] blocks of each head cache, at least as many as its entries need.
+
+    Raises:
+        ValueError: the system has no room for a pool of that size.
     """
 
     def __init__(
@@ -83,14 +110,14 @@ class PagedKVCache:
         num_blocks: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.shape = shape
-        self._may_grow = num_blocks is None
+        device = torch.device(device)
         if num_blocks is None:
-            num_blocks = shape.num_layers * shape.num_kv_heads * num_sequences
-        self.blocks = Allocator(num_blocks)
-        self.rows = Allocator(num_sequences, "rows")
-        self.k_blocks = torch.zeros(num_blocks, shape.block_size, shape.head_dim, dtype=shape.dtype, device=device)
-        self.v_blocks = torch.zeros_like(self.k_blocks)
+            num_blocks = shape.num_blocks(num_sequences, device)
+        self.shape = shape
+        pool = (num_blocks, shape.block_size, shape.head_dim)
+        self.k_blocks, self.v_blocks = zeros(pool, shape.dtype, device), zeros(pool, shape.dtype, device)
+        self.blocks = Blocks(num_blocks, shape.num_layers, device)
+        self.rows = Allocator(num_sequences)
         heads = (shape.num_layers, num_sequences, shape.num_kv_heads)
         self.block_table = torch.zeros(*heads, 1, dtype=torch.int32, device=device)
         self.cache_seqlens = torch.zeros(*heads, dtype=torch.int32, device=device)
@@ -100,6 +127,7 @@ class PagedKVCache:
             for name, slot in shape.state.items()
         }
         self.num_tokens = [0] * num_sequences
+        self._free_at_least = num_blocks
 
     @property
     def device(self) -> torch.device:
@@ -110,42 +138,69 @@ class PagedKVCache:
         """Rows for ``count`` new sequences; at most ``rows.num_free``."""
         return self.rows.allocate(count)
 
+    def fork(self, row: int, count: int) -> list[int]:
+        """Rows for ``count`` more sequences that begin as copies of one, with the same entries and state.
+
+        Blocks that no step will change any more are shared; those that one may change are copied.
+
+        Raises:
+            OutOfBlocks: too few blocks or rows are free. Nothing was taken.
+        """
+        needed_LG1 = self._num_blocks(self.cache_seqlens[:, row]).unsqueeze(-1)
+        num_shared_LG1 = needed_LG1 - 1 if self.shape.only_newest_changes else torch.zeros_like(needed_LG1)
+        column_M, source_LGM = self._columns(), self.block_table[:, row]
+        is_shared_LGM = column_M < num_shared_LG1
+        is_copied_LGM = (column_M < needed_LG1) & ~is_shared_LGM
+        source_LCGM, is_copied_LCGM = (x.unsqueeze(1).repeat(1, count, 1, 1) for x in (source_LGM, is_copied_LGM))
+        rows = self.rows.allocate(count)
+        try:
+            block_LCGM = self._take(is_copied_LCGM)
+        except OutOfBlocks:
+            self.rows.release(rows)
+            raise
+        self.blocks.hold(source_LGM, count * is_shared_LGM)
+        for pool in (self.k_blocks, self.v_blocks):
+            pool[block_LCGM[is_copied_LCGM]] = pool[source_LCGM[is_copied_LCGM]]
+        self.block_table[:, rows] = torch.where(is_copied_LCGM, block_LCGM, source_LCGM)
+        self.held_blocks[:, rows] = needed_LG1.transpose(1, 2)
+        for tensor in (self.cache_seqlens, *self.state.values()):
+            tensor[:, rows] = tensor[:, row : row + 1]
+        for new in rows:
+            self.num_tokens[new] = self.num_tokens[row]
+        return rows
+
     def free_sequences(self, rows: Sequence[int]) -> None:
         """Give back the blocks and the rows of finished sequences. A row that is free already is the caller's fault."""
         self.rows.release(rows)
         rows_B = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self._release(slice(None), rows_B, torch.zeros_like(self.held_blocks[:, rows_B]))
-        self.cache_seqlens[:, rows_B] = 0
-        for tensor in self.state.values():
+        self._shrink(slice(None), rows_B, torch.zeros_like(self.held_blocks[:, rows_B]))
+        for tensor in (self.cache_seqlens, *self.state.values()):
             tensor[:, rows_B] = 0
         for row in rows:
             self.num_tokens[row] = 0
 
     def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        """Take the blocks that ``counts`` new tokens need at most, each of them appended to every head cache.
+        """Take the blocks that new tokens need at most, where each sequence has one: it may append to every head cache.
 
-        A pool that grows takes those of several tokens layer by layer, while they are written: what a layer did not
-        need is there for the next one.
+        Several tokens take theirs layer by layer, while they are written: only then it is known how many they need.
 
         Raises:
-            OutOfBlocks: a pool of fixed size is too small. Nothing was taken.
+            OutOfBlocks: too few are free. Nothing was taken.
         """
-        if not self._may_grow or max(counts) == 1:
-            self._reserve(slice(None), torch.tensor(rows, device=self.device), counts)
-
-    def _reserve(self, layers: slice, rows_B: Tensor, counts: Sequence[int]) -> None:
-        count_B1 = torch.tensor(counts, dtype=torch.int32, device=self.device).unsqueeze(-1)
-        held_LBG = self.held_blocks[layers, rows_B]
-        wanted_LBG = torch.maximum(held_LBG, self._num_blocks(self.cache_seqlens[layers, rows_B] + count_B1))
-        missing = int((wanted_LBG - held_LBG).sum())
-        if not missing:
+        self._widen(max(self.num_tokens[row] + count for row, count in zip(rows, counts, strict=True)))
+        if max(counts) > 1:
             return
-        blocks = torch.tensor(self._allocate(missing), dtype=torch.int32, device=self.device)
-        self._widen(int(wanted_LBG.max()))
-        column_M = self._columns()
-        new_LBGM = (column_M >= held_LBG.unsqueeze(-1)) & (column_M < wanted_LBG.unsqueeze(-1))
-        self.block_table[layers, rows_B] = self.block_table[layers, rows_B].masked_scatter(new_LBGM, blocks)
-        self.held_blocks[layers, rows_B] = wanted_LBG
+        rows_B = torch.tensor(rows, device=self.device)
+        held_LBG = self.held_blocks[:, rows_B]
+        is_full_LBG = self.cache_seqlens[:, rows_B] == held_LBG * self.shape.block_size
+        if self.device.type == "cpu" and not is_full_LBG.any():
+            return
+        block_LBG = self._take(is_full_LBG)
+        layer_L11, head_G = (torch.arange(size, device=self.device) for size in held_LBG.shape[::2])
+        column_LBG = held_LBG.clamp(max=self.block_table.shape[-1] - 1)
+        place = (layer_L11.view(-1, 1, 1), rows_B.unsqueeze(-1), head_G, column_LBG)
+        self.block_table[place] = torch.where(is_full_LBG, block_LBG, self.block_table[place])
+        self.held_blocks[:, rows_B] = held_LBG + is_full_LBG
 
     def before(self, layer: int, step: Step) -> tuple[State, Tensor]:
         """State and int32 lengths [B, G] of the head caches of a pass in one layer."""
@@ -153,24 +208,28 @@ class PagedKVCache:
         return state, self.cache_seqlens[layer, step.rows_B]
 
     def write(self, layer: int, step: Step, update: Update) -> HeadCaches:
-        """Store what new tokens do to the head caches of one layer; blocks that several did not need go back."""
-        if not step.decodes:
-            self._reserve(slice(layer, layer + 1), step.rows_B, step.counts)
-        table_BGM, before_BG = self.block_table[layer, step.rows_B], self.cache_seqlens[layer, step.rows_B]
-        end_TG = update.entry_TG + 1
+        """Store what new tokens do to the head caches of one layer.
+
+        Raises:
+            OutOfBlocks: several tokens of a sequence need more than are free. The pass is lost: its sequences must be
+                freed.
+        """
+        before_BG, end_TG = self.cache_seqlens[layer, step.rows_B], update.entry_TG + 1
         if step.decodes:
+            length_BG = torch.maximum(before_BG, end_TG)
+            table_BGM = self.block_table[layer, step.rows_B]
             slot_TG = entry_slots(table_BGM, update.entry_TG.long().unsqueeze(-1), self.shape.block_size).squeeze(-1)
             self._store(slot_TG, update.k_TGD, update.v_TGD)
-            length_BG = torch.maximum(before_BG, end_TG)
         else:
+            sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
+            length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
+            self._extend(layer, step.rows_B, length_BG)
+            table_BGM = self.block_table[layer, step.rows_B]
             token, head = (end_TG > 0).nonzero(as_tuple=True)
             entry = update.entry_TG[token, head].long()
             block = table_BGM[step.sequence_T[token], head, entry // self.shape.block_size].long()
             slots = block * self.shape.block_size + entry % self.shape.block_size
             self._store(slots, update.k_TGD[token, head], update.v_TGD[token, head])
-            sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
-            length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
-            self._release(slice(layer, layer + 1), step.rows_B, self._num_blocks(length_BG).unsqueeze(0))
         self.cache_seqlens[layer, step.rows_B] = length_BG
         return HeadCaches(self.k_blocks, self.v_blocks, table_BGM, before_BG, length_BG)
 
@@ -191,7 +250,7 @@ class PagedKVCache:
             entries = pool.flatten(0, 1)
             entries[to_BGE[kept_BGE]] = entries[from_BGE[kept_BGE]]
         self.cache_seqlens[layer, step.rows_B] = keep.length_BG
-        self._release(slice(layer, layer + 1), step.rows_B, self._num_blocks(keep.length_BG).unsqueeze(0))
+        self._shrink(slice(layer, layer + 1), step.rows_B, self._num_blocks(keep.length_BG).unsqueeze(0))
         self.set_state(layer, step, keep.state)
 
     def commit(self, step: Step) -> None:
@@ -200,48 +259,72 @@ class PagedKVCache:
             self.num_tokens[row] += count
 
     def check_integrity(self) -> None:
-        """Compare lengths, tables and free lists. The message of the ``AssertionError`` is what does not hold."""
-        self.blocks.check_integrity()
+        """Compare lengths, tables and books. The message of the ``AssertionError`` is what does not hold."""
         self.rows.check_integrity()
-        held = self.block_table[self._columns() < self.held_blocks.unsqueeze(-1)].tolist()
-        assert len(held) == len(set(held)), f"distinct blocks {len(set(held))} != blocks in tables {len(held)}"
-        in_use = self.blocks.num_in_use
-        assert len(held) == in_use, f"blocks in tables {len(held)} != blocks in use {in_use}"
-        short = int((self._num_blocks(self.cache_seqlens) > self.held_blocks).sum())
+        is_held = self._columns() < self.held_blocks.unsqueeze(-1)
+        self.blocks.check_integrity(self.block_table[is_held])
+        num_free = self.blocks.num_free
+        assert self._free_at_least <= num_free, f"free at least {self._free_at_least} > free {num_free}"
+        needed = self._num_blocks(self.cache_seqlens)
+        short = int((needed > self.held_blocks).sum())
         assert not short, f"head caches with fewer blocks than entries need: {short} != 0"
+        first_LBG = needed - 1 if self.shape.only_newest_changes else torch.zeros_like(needed)
+        may_change = is_held & (self._columns() >= first_LBG.unsqueeze(-1))
+        shared = int((self.blocks.holders_X[self.block_table[may_change]] > 1).sum())
+        assert not shared, f"shared blocks that a step may change: {shared} != 0"
         occupied = {row for row, held in enumerate(self.held_blocks.sum(dim=(0, 2)).tolist()) if held}
         stray = sorted(row for row in occupied if not self.rows.is_in_use(row))
         assert not stray, f"free rows that hold blocks: {stray} != []"
 
-    def _release(self, layers: slice, rows_B: Tensor, keep_LBG: Tensor) -> None:
+    def _extend(self, layer: int, rows_B: Tensor, length_BG: Tensor) -> None:
+        """Take the blocks that so many entries of each head cache need in one layer; those that are there stay."""
+        held_BG1 = self.held_blocks[layer, rows_B].unsqueeze(-1)
+        wanted_BG1 = torch.maximum(held_BG1, self._num_blocks(length_BG).unsqueeze(-1))
+        is_new_BGM = (self._columns() >= held_BG1) & (self._columns() < wanted_BG1)
+        block_1BGM = self._take(is_new_BGM.unsqueeze(0), slice(layer, layer + 1))
+        table_BGM = self.block_table[layer, rows_B]
+        self.block_table[layer, rows_B] = torch.where(is_new_BGM, block_1BGM[0], table_BGM)
+        self.held_blocks[layer, rows_B] = wanted_BG1.squeeze(-1)
+
+    def _shrink(self, layers: slice, rows_B: Tensor, keep_LBG: Tensor) -> None:
         """Give back the blocks of each head cache behind the first ``keep_LBG``."""
         column_M, held_LBG1 = self._columns(), self.held_blocks[layers, rows_B].unsqueeze(-1)
-        surplus_LBGM = (column_M >= keep_LBG.unsqueeze(-1)) & (column_M < held_LBG1)
-        self.blocks.release(self.block_table[layers, rows_B][surplus_LBGM].tolist())
+        is_surplus_LBGM = (column_M >= keep_LBG.unsqueeze(-1)) & (column_M < held_LBG1)
+        self.blocks.release(self.block_table[layers, rows_B], is_surplus_LBGM)
         self.held_blocks[layers, rows_B] = keep_LBG
 
-    def _allocate(self, count: int) -> list[int]:
-        missing = count - self.blocks.num_free
-        if missing > 0 and self._may_grow:
-            self._grow(max(missing, self.blocks.total // 2))
-        try:
-            return self.blocks.allocate(count)
-        except OutOfBlocks as error:
-            held = self.shape.block_size * self.blocks.num_in_use
+    def _take(self, is_wanted: Tensor, layers: slice = slice(None)) -> Tensor:
+        """int32 blocks of zeros where ``is_wanted`` [L, ...], any numbers elsewhere.
+
+        Raises:
+            OutOfBlocks: too few are free. Nothing was taken.
+        """
+        self._see_free(is_wanted)
+        block = self.blocks.take(is_wanted.flatten(1), layers).view(is_wanted.shape)
+        if self.device.type == "cpu":
+            # What another sequence left behind might not be finite, and attention multiplies it by 0 there.
+            for pool in (self.k_blocks, self.v_blocks):
+                pool[block[is_wanted]] = 0
+        return block.int()
+
+    def _see_free(self, is_wanted: Tensor) -> None:
+        at_most = is_wanted.numel()
+        if at_most <= self._free_at_least:
+            self._free_at_least -= at_most
+            return
+        left = int(self.blocks.count_free() - is_wanted.sum())
+        if left < 0:
+            num_free = self.blocks.num_free
             raise OutOfBlocks(
-                f"the cache is full: {error}, up to {held} entries held by {self.rows.num_in_use} sequences; "
+                f"the cache is full: {num_free - left} blocks needed, {num_free} of {self.blocks.total} free, up to "
+                f"{self.shape.block_size * self.blocks.num_in_use} entries held by {self.rows.num_in_use} sequences; "
                 "give the cache more blocks, decode fewer sequences at once, or shorten them"
-            ) from None
+            )
+        self._free_at_least = left
 
-    def _grow(self, extra: int) -> None:
-        self.k_blocks, self.v_blocks = (
-            torch.cat([pool, pool.new_zeros(extra, *pool.shape[1:])]) for pool in (self.k_blocks, self.v_blocks)
-        )
-        self.blocks.extend(extra)
-
-    def _widen(self, num_blocks: int) -> None:
-        """Let every head cache have so many blocks."""
-        width = self.block_table.shape[-1]
+    def _widen(self, num_entries: int) -> None:
+        """Let tables have room for the blocks of so many entries."""
+        num_blocks, width = -(-num_entries // self.shape.block_size), self.block_table.shape[-1]
         if num_blocks > width:
             self.block_table = F.pad(self.block_table, (0, max(num_blocks, 2 * width) - width))
 

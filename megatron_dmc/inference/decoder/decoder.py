@@ -112,7 +112,9 @@ class Decoder:
             head_dim=self.config.head_dim,
             dtype=self.dtype,
             state=self.method.state(self.config.head_dim),
+            only_newest_changes=self.method.only_newest_changes,
             block_size=block_size,
+            max_tokens=self.config.max_position_embeddings,
         )
         return PagedKVCache(shape, num_sequences, num_blocks=num_blocks, device=self.device)
 

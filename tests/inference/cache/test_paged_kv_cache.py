@@ -1,9 +1,12 @@
-"""The paged cache against lists: random passes that append and overwrite, prompts that are cut, departures."""
+"""The paged cache against lists: random passes that append and overwrite, prompts that are cut, copies, departures."""
 
+import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_dmc.inference.cache.allocator import OutOfBlocks
 from megatron_dmc.inference.cache.paged_kv_cache import CacheShape, PagedKVCache
@@ -14,6 +17,7 @@ from megatron_dmc.methods.step import Step
 L, G, D, P = 2, 3, 4, 4
 SUMS = Slot((2 * D + 1,))
 SHAPE = CacheShape(num_layers=L, num_kv_heads=G, head_dim=D, dtype=torch.float32, state={"sums": SUMS}, block_size=P)
+NEWEST = dataclasses.replace(SHAPE, only_newest_changes=True)
 
 
 class ListCache:
@@ -37,11 +41,16 @@ class ListCache:
                 entries = self.entries[layer, row, head]
                 self.entries[layer, row, head] = {place: entries[entry] for place, entry in enumerate(kept)}
 
+    def fork(self, row, rows):
+        for (layer, held, head), entries in list(self.entries.items()):
+            if held == row:
+                self.entries.update({(layer, new, head): dict(entries) for new in rows})
+
     def free(self, rows):
         self.entries = {key: value for key, value in self.entries.items() if key[1] not in rows}
 
 
-def random_update(draw, step, length_BG):
+def random_update(draw, step, length_BG, only_newest):
     """Every head appends or overwrites as it likes; a token that another one of the pass overwrites writes nothing."""
     entry_TG = torch.full((step.num_tokens, G), -1, dtype=torch.int32)
     for sequence, (start, count) in enumerate(zip(step.starts, step.counts, strict=True)):
@@ -49,7 +58,8 @@ def random_update(draw, step, length_BG):
             length = int(length_BG[sequence, head])
             written = {}
             for token in range(start, start + count):
-                entry = length if not length or draw.random() < 0.6 else draw.randrange(length)
+                changed = length - 1 if only_newest else draw.randrange(max(length, 1))
+                entry = length if not length or draw.random() < 0.6 else changed
                 length = max(length, entry + 1)
                 written[entry] = token
             for entry, token in written.items():
@@ -74,13 +84,15 @@ def random_keep(draw, length_BG):
 
 def run_pass(draw, cache, lists, rows, counts):
     cache.reserve(rows, counts)
+    only_newest = cache.shape.only_newest_changes
     step = Step(rows, [cache.num_tokens[row] for row in rows], counts, torch.ones(D // 2))
     for layer in range(L):
         _, length_BG = cache.before(layer, step)
-        update = random_update(draw, step, length_BG)
+        update = random_update(draw, step, length_BG, only_newest)
         caches = cache.write(layer, step, update)
+        cache.set_state(layer, step, update.state)
         lists.write(layer, step, update)
-        if not step.decodes and draw.random() < 0.5:
+        if not step.decodes and not only_newest and draw.random() < 0.5:
             keep = random_keep(draw, caches.length_BG)
             cache.compact(layer, step, keep)
             lists.compact(layer, step, keep)
@@ -97,17 +109,25 @@ def entries_of(cache, layer, row, head):
 
 
 @pytest.mark.parametrize("num_blocks", [None, 600])
+@pytest.mark.parametrize("shape", [SHAPE, NEWEST], ids=["any entry changes", "only the newest changes"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_random_trace_against_lists(num_blocks, seed):
+def test_random_trace_against_lists(num_blocks, shape, seed):
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    cache, lists, running = PagedKVCache(SHAPE, 5, num_blocks=num_blocks), ListCache(), []
+    cache, lists, running = PagedKVCache(shape, 5, num_blocks=num_blocks), ListCache(), []
     for _ in range(80):
-        if cache.rows.num_free and draw.random() < 0.2:
+        action = draw.random()
+        if cache.rows.num_free and action < 0.2:
             rows = cache.add_sequences(draw.randint(1, cache.rows.num_free))
             run_pass(draw, cache, lists, rows, [draw.randint(1, 11) for _ in rows])
             running += rows
-        elif running and draw.random() < 0.1:
+        elif cache.rows.num_free and running and action < 0.35:
+            row = draw.choice(running)
+            rows = cache.fork(row, draw.randint(1, cache.rows.num_free))
+            lists.fork(row, rows)
+            assert torch.equal(cache.state["sums"][:, rows], cache.state["sums"][:, [row] * len(rows)])
+            running += rows
+        elif running and action < 0.5:
             rows = draw.sample(running, draw.randint(1, len(running)))
             cache.free_sequences(rows)
             lists.free(rows)
@@ -127,9 +147,10 @@ def test_random_trace_against_lists(num_blocks, seed):
 
 def append_everywhere(cache, rows):
     cache.reserve(rows, [1] * len(rows))
-    step = Step(rows, [cache.num_tokens[row] for row in rows], [1] * len(rows), torch.ones(D // 2))
+    frequencies = torch.ones(D // 2, device=cache.device)
+    step = Step(rows, [cache.num_tokens[row] for row in rows], [1] * len(rows), frequencies)
     for layer in range(L):
-        ones = torch.ones(len(rows), G, D)
+        ones = torch.ones(len(rows), G, D, device=cache.device)
         cache.write(layer, step, Update(ones, ones, cache.before(layer, step)[1], {}))
     cache.commit(step)
 
@@ -145,30 +166,119 @@ def test_a_full_pool_says_what_to_do_before_anything_is_stored():
     cache.reserve(rows[:1], [1])
 
 
-def test_a_growing_pool_holds_little_more_than_is_used():
-    cache = PagedKVCache(SHAPE, 1)
-    rows = cache.add_sequences(1)
-    for _ in range(400):
-        append_everywhere(cache, rows)
-    assert cache.blocks.num_in_use == L * G * 100
-    assert cache.blocks.total <= 1.5 * L * G * 100
+def resident_bytes():
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(fields["VmRSS"].split()[0])
 
 
-def test_a_prompt_takes_little_more_than_it_leaves():
-    """A pool that grows holds what was written and one layer's upper bound, not the uncompressed prompt."""
-    shape = CacheShape(num_layers=20, num_kv_heads=G, head_dim=D, dtype=torch.float32, block_size=P)
-    cache = PagedKVCache(shape, 1)
+def test_a_pool_without_a_size_takes_memory_as_it_is_written():
+    """It has room for all sequences, uncompressed; what nobody wrote costs nothing."""
+    shape = dataclasses.replace(SHAPE, head_dim=256, block_size=32, max_tokens=10_000)
+    before = resident_bytes()
+    cache = PagedKVCache(shape, 40)
+    assert cache.blocks.total == 40 * L * G * (10_000 // 32 + 1)
+    cache.add_sequences(1)
+    cache.k_blocks[:1000] = 1.0
+    written, pool = 1000 * 32 * 256 * 4, 2 * cache.k_blocks.nbytes
+    assert pool > 40 * written
+    assert written <= resident_bytes() - before < 2 * written
+
+
+def test_a_pool_larger_than_what_the_system_gives_says_what_to_do():
+    with pytest.raises(ValueError, match=r"no address range of .* for the cache .* give the number of its blocks"):
+        PagedKVCache(SHAPE, 1, num_blocks=1 << 45)
+
+
+def test_a_prompt_takes_the_blocks_that_its_entries_need():
+    cache = PagedKVCache(SHAPE, 1, num_blocks=L * G * 13)
     rows = cache.add_sequences(1)
     step = Step(rows, [0], [400], torch.ones(D // 2))
     entry_TG = torch.full((400, G), -1, dtype=torch.int32)
     entry_TG[::8] = torch.arange(50, dtype=torch.int32).unsqueeze(-1)
     cache.reserve(rows, step.counts)
-    for layer in range(20):
+    for layer in range(L):
         cache.write(layer, step, Update(torch.ones(400, G, D), torch.ones(400, G, D), entry_TG, {}))
         cache.check_integrity()
-    cache.commit(step)
-    assert cache.blocks.num_in_use == 20 * G * 13
-    assert cache.blocks.total <= 1.5 * (20 * 13 + 100) * G
+    assert cache.blocks.num_free == 0
+    another = PagedKVCache(SHAPE, 1, num_blocks=L * G * 13 - 1)
+    another.add_sequences(1)
+    another.reserve(rows, step.counts)
+    another.write(0, step, Update(torch.ones(400, G, D), torch.ones(400, G, D), entry_TG, {}))
+    with pytest.raises(OutOfBlocks, match="39 blocks needed, 38 of 77 free"):
+        another.write(1, step, Update(torch.ones(400, G, D), torch.ones(400, G, D), entry_TG, {}))
+    another.free_sequences(rows)
+    another.check_integrity()
+    assert another.blocks.num_in_use == 0
+
+
+def test_a_step_of_decoding_reads_nothing_back():
+    """Tensors without data: whoever asks for their numbers fails. A GPU would have to wait for them."""
+    with FakeTensorMode():
+        cache = PagedKVCache(SHAPE, 4, num_blocks=200, device="cuda")
+        rows = cache.add_sequences(3)
+        for _ in range(5):
+            append_everywhere(cache, rows)
+        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+            for _ in range(20):
+                append_everywhere(cache, rows)
+
+
+@pytest.mark.parametrize(("shape", "num_copied"), [(SHAPE, 3), (NEWEST, 1)])
+def test_copies_share_the_blocks_that_no_step_changes(shape, num_copied):
+    cache = PagedKVCache(shape, 5)
+    (row,) = cache.add_sequences(1)
+    for _ in range(10):
+        append_everywhere(cache, [row])
+    copies = cache.fork(row, 3)
+    assert cache.blocks.num_in_use == L * G * (3 + 3 * num_copied)
+    assert [cache.num_tokens[copy] for copy in copies] == [10] * 3
+    cache.check_integrity()
+    append_everywhere(cache, copies[:1])
+    assert cache.cache_seqlens[0, [row, *copies], 0].tolist() == [10, 11, 10, 10]
+    cache.free_sequences([row])
+    cache.check_integrity()
+    assert cache.cache_seqlens[:, copies[1:]].eq(10).all()
+    assert entries_of(cache, 1, copies[2], 0) == [([1.0] * D, [1.0] * D)] * 10
+    cache.free_sequences(copies)
+    cache.check_integrity()
+    assert cache.blocks.num_in_use == 0
+
+
+def test_a_copy_for_which_there_is_no_room_changes_nothing():
+    cache = PagedKVCache(NEWEST, 4, num_blocks=L * G * 4 - 1)
+    (row,) = cache.add_sequences(1)
+    for _ in range(6):
+        append_everywhere(cache, [row])
+    before = (cache.block_table.clone(), cache.held_blocks.clone(), cache.blocks.num_free)
+    with pytest.raises(OutOfBlocks, match="12 blocks needed, 11 of 23 free"):
+        cache.fork(row, 2)
+    with pytest.raises(OutOfBlocks, match="4 rows needed, 3 of 4 free"):
+        cache.fork(row, 4)
+    assert torch.equal(cache.block_table, before[0])
+    assert torch.equal(cache.held_blocks, before[1])
+    assert (cache.blocks.num_free, cache.rows.num_free) == (before[2], 3)
+    cache.check_integrity()
+    assert len(cache.fork(row, 1)) == 1
+
+
+def test_a_sequence_that_has_read_nothing_can_be_copied():
+    cache = PagedKVCache(NEWEST, 2)
+    rows = cache.add_sequences(1)
+    rows += cache.fork(rows[0], 1)
+    append_everywhere(cache, rows)
+    cache.check_integrity()
+
+
+def test_taken_blocks_hold_numbers_whatever_was_in_them():
+    """Attention on a CPU multiplies values beyond the length of a head by 0."""
+    cache = PagedKVCache(SHAPE, 1, num_blocks=L * G * 2)
+    for pool in (cache.k_blocks, cache.v_blocks):
+        pool.fill_(torch.nan)
+    rows = cache.add_sequences(1)
+    for _ in range(5):
+        append_everywhere(cache, rows)
+    assert cache.k_blocks.isfinite().all()
+    assert cache.v_blocks.isfinite().all()
 
 
 def test_a_row_given_back_twice_is_a_fault_and_is_not_handed_out_twice():
@@ -180,6 +290,17 @@ def test_a_row_given_back_twice_is_a_fault_and_is_not_handed_out_twice():
     cache.check_integrity()
     with pytest.raises(OutOfBlocks, match="3 rows needed, 1 of 2 free"):
         cache.add_sequences(3)
+
+
+def test_integrity_names_a_shared_block_that_may_change():
+    cache = PagedKVCache(NEWEST, 2)
+    rows = cache.add_sequences(2)
+    append_everywhere(cache, rows)
+    block, lost = cache.block_table[0, :, 0, 0].tolist()
+    cache.block_table[0, rows[1], 0, 0] = block
+    cache.blocks.holders_X[lost], cache.blocks.holders_X[block] = 0, 2
+    with pytest.raises(AssertionError, match="shared blocks that a step may change: 2 != 0"):
+        cache.check_integrity()
 
 
 def test_integrity_names_a_free_row_that_holds_blocks():
