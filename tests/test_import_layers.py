@@ -25,7 +25,7 @@ ALLOWED = {
     "seam": LEAVES,
     "runs": LEAVES,
     "training": LEAVES | {"models", "ops", "methods", "checkpoint", "data", "runs", "seam"},
-    "inference": LEAVES | {"models", "ops", "methods", "checkpoint"},
+    "inference": LEAVES | {"models", "ops", "methods", "checkpoint", "data"},
     "evaluation": LEAVES | {"models", "ops", "methods", "inference"},
     "hf": LEAVES | {"models", "ops", "methods", "inference"},
     "checkpoints_convert": LEAVES | {"models", "ops", "checkpoint", "seam"},

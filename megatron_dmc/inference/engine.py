@@ -7,18 +7,23 @@ Legend: B requests of a batch, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from megatron_dmc.inference.cache.allocator import OutOfBlocks
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
 from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.inference.expectation import Expectation
+from megatron_dmc.inference.logprobs import TokenLogprob
 from megatron_dmc.inference.model_runner import ModelRunner
 from megatron_dmc.inference.request import FinishReason, Request
-from megatron_dmc.inference.sampling import SamplingParams, sample
+from megatron_dmc.inference.sampler import Sampler
+from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.inference.scheduler import DEFAULT_PREFILL_TOKENS, Batch, Scheduler
+from megatron_dmc.inference.speed import Speed
+from megatron_dmc.inference.text_stream import Decode, TextStream
 
 DEFAULT_MAX_SEQUENCES = 32
 
@@ -26,15 +31,19 @@ DEFAULT_MAX_SEQUENCES = 32
 class Engine:
     """Continues prompts of different lengths together; a request that is done makes room for one that waits.
 
-    Where a cache of fixed size is full, the newest request gives its memory back, waits, and is read again later; its
-    text is the same. Only a request that does not fit alone fails.
+    Where a cache of fixed size is full, what nobody runs is forgotten first; then the newest request gives its memory
+    back, waits, and is read again later: its text is the same. Only a request that does not fit alone fails.
 
     Args:
         model: to decode with.
+        decode: ids to text, of the model's tokenizer; without it there are tokens alone.
         max_sequences: requests in the cache at once.
         block_size: entries per block of the cache.
         num_blocks: blocks of the cache; None lets it grow.
         prefill_tokens: tokens of prompts per pass.
+
+    Attributes:
+        speed: what was read and decoded so far, and how fast.
 
     Raises:
         ValueError: a size below 1.
@@ -44,6 +53,7 @@ class Engine:
         self,
         model: Decoder,
         *,
+        decode: Decode | None = None,
         max_sequences: int = DEFAULT_MAX_SEQUENCES,
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
@@ -53,108 +63,204 @@ class Engine:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.model = model
-        self.scheduler = Scheduler(prefill_tokens, reads_parts=model.method.reads_parts)
+        self.decode = decode
+        self.expectation = Expectation(model.config.num_layers * model.config.num_kv_heads, block_size)
+        self.scheduler = Scheduler(prefill_tokens, reads_parts=model.method.reads_parts, expectation=self.expectation)
         self.runner = ModelRunner(model, max_sequences, block_size, num_blocks)
+        self.sampler = Sampler()
+        self.speed = Speed()
+        self._idle: list[Request] = []
+        """Requests that had or have memory without running: kept ones, and those that wait with what they follow."""
 
     @property
     def is_busy(self) -> bool:
         """Whether a request waits or runs."""
         return self.scheduler.is_busy
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[Request]:
-        """Continue every prompt; results in the order of the prompts. One that failed says so.
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int = 1) -> list[Request]:
+        """Continue every prompt ``n`` times; results in the order of the prompts. One that failed says so.
 
         Raises:
-            ValueError: an empty or too long prompt, a token outside the vocabulary; nothing was read.
+            ValueError: see :meth:`submit`; nothing was read.
         """
-        requests = [Request(list(prompt), sampling) for prompt in prompts]
+        requests = [sample for prompt in prompts for sample in Request(list(prompt), sampling).samples(n)]
         self.submit(requests)
         while self.is_busy:
             self.step()
         return requests
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Let requests wait for their turn.
+        """Let requests wait for their turn; samples of one prompt are submitted together.
 
         Raises:
-            ValueError: see :meth:`generate`; no request was accepted.
+            ValueError: an empty or too long prompt, a token outside the vocabulary, text asked for without a
+                tokenizer; no request was accepted.
         """
         for index, request in enumerate(requests):
             self._check(index, request)
+        together = set(requests)
+        for request in requests:
+            if request.source not in together:
+                request.source = None
+            if self.decode is not None:
+                request.stream = TextStream(self.decode, request.prompt, request.sampling.stop)
+            self._continue_kept(request)
         self.scheduler.add(requests)
 
     def step(self) -> None:
         """One pass through the model: prompts, or a part of one, or one token of all running requests."""
         try:
+            start = time.perf_counter()
             batch = self._schedule()
-            if batch.requests:
-                self._finish(batch, self.runner.run(batch))
+            if not batch.requests:
+                return
+            logits_BV = self._run(batch)
+            if logits_BV is not None:
+                self._finish(batch, logits_BV)
+                self.speed.add(sum(batch.counts), time.perf_counter() - start, decodes=batch.decodes)
         except BaseException:
             self.abort_all()
             raise
 
     def abort(self, request: Request) -> None:
-        """Give one request up and free its memory; others go on."""
-        self._end(request, "aborted")
+        """Give one request up and free its memory, unless it is to be kept; others go on."""
+        if request.finish_reason is None:
+            self._end(request, "aborted")
 
     def abort_all(self) -> None:
         """Give all requests up and free their memory."""
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            request.keep = False
             self._end(request, "aborted")
+
+    def forget(self, request: Request) -> None:
+        """Free the memory of a kept request."""
+        if request.finish_reason is not None:
+            self.runner.release(request)
 
     def _schedule(self) -> Batch:
         """The next batch, with its memory reserved."""
         while True:
-            batch = self.scheduler.next(self.runner.cache.rows.num_free)
+            batch = self.scheduler.next(self.runner.num_free_rows, self.runner.num_free_blocks)
+            if self.scheduler.is_short and self._forget_idle():
+                continue
             if not batch.requests:
                 return batch
             try:
                 self.runner.reserve(batch)
             except OutOfBlocks as full:
-                self._make_room(batch, full)
+                self._make_room([self.scheduler.running[-1]], full)
             else:
                 return batch
 
-    def _make_room(self, batch: Batch, full: OutOfBlocks) -> None:
-        """The newest request waits; where it is alone, or could not be read again, it fails."""
-        newest = self.scheduler.running[-1]
+    def _run(self, batch: Batch) -> Tensor | None:
+        """Logits [B, V]; None where more of the prompts survived than there was memory for."""
+        try:
+            return self.runner.run(batch)
+        except OutOfBlocks as full:
+            self.expectation.forget()
+            self._make_room(batch.requests, full)
+            for request in batch.requests:
+                self.runner.release(request)
+            return None
+
+    def _make_room(self, requests: Sequence[Request], full: OutOfBlocks) -> None:
+        """What nobody runs is forgotten, or else ``requests`` wait; one that is alone or cannot be read again fails."""
+        if self._forget_idle():
+            return
+        newest = requests[-1]
         is_alone = len(self.scheduler.running) == 1
         if is_alone or (newest.num_read and not self.model.method.exact_recompute):
             newest.fail(str(full))
             self._end(newest, "error")
             return
-        self.runner.release(newest)
-        self.scheduler.give_back([newest])
+        for request in requests:
+            self.runner.release(request)
+        self.scheduler.give_back(requests)
+
+    def _forget_idle(self) -> bool:
+        """Free the memory of one request that does not run; whether there was any."""
+        while self._idle:
+            request = self._idle.pop(0)
+            if request.row is not None and request not in self.scheduler.running:
+                self.runner.release(request)
+                return True
+        return False
+
+    def _note_idle(self, request: Request) -> None:
+        self._idle = [one for one in self._idle if one.row is not None and one is not request] + [request]
+
+    def _continue_kept(self, request: Request) -> None:
+        """Take the memory of the request that this one follows, or free it where it is of no use."""
+        kept, request.follows = request.follows, None
+        if kept is None or kept.row is None or kept.finish_reason is None:
+            return
+        asks_for_all = request.sampling.prompt_logprobs
+        if self.model.method.reads_parts and request.extends(kept) and not asks_for_all:
+            self.runner.hand_over(kept, request)
+            self._note_idle(request)
+        else:
+            self.runner.release(kept)
 
     def _finish(self, batch: Batch, logits_BV: Tensor) -> None:
         """Sample where a request has nothing left to read, and free the requests that are done."""
-        places = [index for index, request in enumerate(batch.requests) if not request.num_unread]
-        requests = [batch.requests[index] for index in places]
+        requests, places = self._with_samples(batch)
         if not requests:
             return
         logits_BV = logits_BV[places]
         sane = logits_BV.isfinite().all(dim=-1).tolist()
-        for request, token, is_sane in zip(requests, self._sample(requests, logits_BV), sane, strict=True):
+        logits_BV = logits_BV.nan_to_num()
+        tokens = self.sampler.next_tokens(requests, logits_BV)
+        logprobs = self.sampler.logprobs(requests, logits_BV, tokens)
+        for request, token, logprob, is_sane in zip(requests, tokens, logprobs, sane, strict=True):
             if is_sane:
-                _deliver(request, token)
+                _deliver(request, token, logprob)
             else:
                 request.fail("the model's logits are not finite: its weights or dtype are at fault")
             if request.finish_reason:
                 self._end(request, request.finish_reason)
 
-    def _sample(self, requests: Sequence[Request], logits_BV: Tensor) -> list[int]:
-        device, samplings = logits_BV.device, [request.sampling for request in requests]
-        return sample(
-            logits_BV.nan_to_num(),
-            torch.tensor([sampling.temperature for sampling in samplings], device=device),
-            torch.tensor([sampling.top_p for sampling in samplings], device=device, dtype=torch.float64),
-            torch.tensor([request.draw() for request in requests], device=device, dtype=torch.float64),
-        ).tolist()
+    def _with_samples(self, batch: Batch) -> tuple[list[Request], list[int]]:
+        """Requests that read everything, with the samples that share their prompts, and their places in a batch."""
+        requests, places = [], []
+        for place, request in enumerate(batch.requests):
+            if request.num_unread:
+                continue
+            if not request.output:
+                self._learn(request)
+            for one in (request, *self._fork(request)):
+                requests.append(one)
+                places.append(place)
+        return requests, places
+
+    def _fork(self, source: Request) -> list[Request]:
+        """The samples of a prompt that go on from its memory; those that find no room read it on their own."""
+        samples = self.scheduler.take_samples(source)[: self.runner.num_free_rows]
+        if not samples:
+            return []
+        try:
+            self.runner.fork(source, samples)
+        except OutOfBlocks:
+            return []
+        self.scheduler.start(samples, source)
+        return samples
+
+    def _learn(self, request: Request) -> None:
+        """Let what the cache holds of a request count among what is expected of others."""
+        if self.runner.is_limited:
+            num_blocks = sum(map(sum, self.runner.usage(request).blocks))
+            self.expectation.observe_held(num_blocks, request.num_read)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
-        request.finish_reason = reason
-        if request.row is not None:
+        request.end(reason)
+        if request.row is not None and request.num_read:
             request.usage = self.runner.usage(request)
+            self._learn(request)
+        if reason in ("eod", "stop", "length"):
+            self.expectation.observe_written(request)
+        if request.keep and reason != "error":
+            self._note_idle(request)
+        else:
             self.runner.release(request)
         self.scheduler.remove(request)
 
@@ -174,11 +280,13 @@ class Engine:
                 f"prompt {index} has {length} tokens and may grow by {request.sampling.max_new_tokens}: the model "
                 f"reads at most {limit}; shorten the prompt or lower max_new_tokens"
             )
+        if self.decode is None and (request.sampling.stop or request.on_text):
+            raise ValueError(f"prompt {index} asks for text or stop strings: give the engine a tokenizer's decode")
 
 
-def _deliver(request: Request, token: int) -> None:
-    """Hand a token over; who listens to it may fail, which is that request's affair."""
+def _deliver(request: Request, token: int, logprob: TokenLogprob | None) -> None:
+    """Hand a token over; who listens to its text may fail, which is that request's affair."""
     try:
-        request.receive(token)
+        request.receive(token, logprob)
     except Exception as error:
         request.fail(f"its listener failed: {error}")

@@ -1,9 +1,11 @@
 """Runs a batch of requests through the model and the cache: rows, packed tokens, logits of the newest.
 
-Legend: B requests of a batch, T their tokens, V vocabulary.
+Legend: B requests of a batch, T their tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from megatron_dmc.inference.cache.allocator import OutOfBlocks
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.inference.logprobs import LOGITS_AT_ONCE, token_logprobs
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.scheduler import Batch
 
@@ -28,9 +31,20 @@ class ModelRunner:
     def __init__(self, model: Decoder, max_sequences: int, block_size: int, num_blocks: int | None) -> None:
         self.model = model
         self.cache = model.new_cache(max_sequences, block_size=block_size, num_blocks=num_blocks)
+        self.is_limited = num_blocks is not None
+
+    @property
+    def num_free_rows(self) -> int:
+        """Requests that the cache can take beside those that it holds."""
+        return self.cache.rows.num_free
+
+    @property
+    def num_free_blocks(self) -> int | None:
+        """Blocks of a limited cache that nobody holds; None: it grows."""
+        return self.cache.blocks.num_free if self.is_limited else None
 
     def reserve(self, batch: Batch) -> None:
-        """Give the requests of a batch rows and the blocks that its tokens need at most.
+        """Give the requests of a batch rows and what the cache reserves for its tokens.
 
         Raises:
             OutOfBlocks: the cache is full; requests without a row still have none.
@@ -49,7 +63,11 @@ class ModelRunner:
             raise
 
     def run(self, batch: Batch) -> Tensor:
-        """Read the tokens of a batch: float32 logits [B, V] after the last token of each request."""
+        """Read the tokens of a batch: float32 logits [B, V] after the last token of each request.
+
+        Raises:
+            OutOfBlocks: the cache got full on the way: what it holds of these requests is of no use any more.
+        """
         hidden_TH = self.model.read(
             torch.tensor(_tokens(batch), device=self.model.device),
             batch.counts,
@@ -57,10 +75,41 @@ class ModelRunner:
             _rows(batch),
             ends_prompt=batch.reads_all,
         )
+        start = 0
         for request, count in _parts(batch):
+            if request.sampling.prompt_logprobs:
+                self._keep_prompt_logprobs(request, hidden_TH[start : start + count])
             request.num_read += count
+            start += count
         last_B = torch.tensor(batch.counts, device=hidden_TH.device).cumsum(0) - 1
         return self.model.logits(hidden_TH[last_B])
+
+    def _keep_prompt_logprobs(self, request: Request, hidden_TH: Tensor) -> None:
+        """Log-probabilities of the tokens of a prompt that follow those just read, as far as they are not known."""
+        known = 1 + len(request.prompt_logprobs)
+        targets = request.prompt[known : 1 + request.num_read + len(hidden_TH)]
+        first = known - 1 - request.num_read
+        at_once = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
+        for start in range(0, len(targets), at_once):
+            part = targets[start : start + at_once]
+            logits_TV = self.model.logits(hidden_TH[first + start : first + start + len(part)])
+            request.prompt_logprobs += token_logprobs(logits_TV, part, request.sampling.logprobs or 0)
+
+    def fork(self, source: Request, samples: Sequence[Request]) -> None:
+        """Let samples go on from where a request stands; the blocks are shared until somebody writes.
+
+        Raises:
+            OutOfBlocks: the cache has not enough rows or blocks; nothing was taken.
+        """
+        assert source.row is not None
+        for sample, row in zip(samples, self.cache.fork(source.row, len(samples)), strict=True):
+            sample.row, sample.num_read = row, source.num_read
+            sample.prompt_logprobs = list(source.prompt_logprobs)
+
+    def hand_over(self, kept: Request, request: Request) -> None:
+        """Make the memory of one request another one's, whose prompt extends what it holds."""
+        request.row, request.num_read = kept.row, kept.num_read
+        kept.row, kept.num_read = None, 0
 
     def usage(self, request: Request) -> CacheUsage:
         """What the cache holds for a request."""
@@ -68,9 +117,9 @@ class ModelRunner:
         return CacheUsage.of(self.cache, [request.row])
 
     def release(self, request: Request) -> None:
-        """Take a request's memory back."""
+        """Take a request's memory back; what it had read is unread."""
         if request.row is not None:
-            row, request.row = request.row, None
+            row, request.row, request.num_read = request.row, None, 0
             self.cache.free_sequences([row])
 
 

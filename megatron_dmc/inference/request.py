@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_dmc.inference.cache.usage import CacheUsage
+from megatron_dmc.inference.logprobs import TokenLogprob
 from megatron_dmc.inference.sampling import SamplingParams
+from megatron_dmc.inference.text_stream import TextStream
 
-FinishReason = Literal["eod", "length", "aborted", "error"]
+FinishReason = Literal["eod", "stop", "length", "aborted", "error"]
 
 
 @dataclass(eq=False)
@@ -20,14 +23,28 @@ class Request:
     Args:
         prompt: token ids, at least one.
         sampling: how to continue it.
-        on_token: called with every new token; what it raises ends this request alone.
+        on_text: called with every piece of text that became final; what it raises ends this request alone. Needs an
+            engine with a tokenizer.
+        keep: at its end its memory stays, for a request that follows it.
+        follows: a kept request that this prompt may extend; its memory becomes this one's, and only what the prompt
+            adds is read. A prompt that changes what the cache holds is read whole.
+        source: a request with the same prompt, submitted before: where possible, the memory of its prompt is shared.
     """
 
     prompt: list[int]
     sampling: SamplingParams
-    on_token: Callable[[int], None] | None = None
+    on_text: Callable[[str], None] | None = None
+    keep: bool = False
+    follows: Request | None = None
+    source: Request | None = None
     output: list[int] = field(default_factory=list)
-    """Tokens so far, without the one that ended the text."""
+    """Tokens so far, without an end token; those of a stop string belong to it."""
+    text: str = ""
+    """Text of ``output`` so far, as far as it is final; empty without a tokenizer."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the tokens in ``output``, where the sampling asks for them."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the tokens of the prompt but the first, where the sampling asks for them."""
     finish_reason: FinishReason | None = None
     """None while the request waits or runs."""
     error: str = ""
@@ -35,19 +52,37 @@ class Request:
     usage: CacheUsage | None = None
     """What the cache held for it at its end."""
     row: int | None = None
-    """Row of the cache while it runs; None while it waits, for the first time or after it lost its memory."""
+    """Row of the cache while it runs, or is kept, or waits with the memory of what it follows."""
     num_read: int = 0
     """Tokens of prompt and output that the cache holds."""
+    stream: TextStream | None = None
+    """Makes the text; from the engine, where it has a tokenizer."""
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.sampling.seed)
 
+    def samples(self, count: int) -> list[Request]:
+        """``count`` requests for this prompt, itself the first, with the seeds that follow its own.
+
+        Raises:
+            ValueError: fewer than one.
+        """
+        if count < 1:
+            raise ValueError(f"n={count}: must be at least 1 sample of a prompt")
+        seeds = range(self.sampling.seed + 1, self.sampling.seed + count)
+        samplings = [dataclasses.replace(self.sampling, seed=seed) for seed in seeds]
+        return [self, *(Request(self.prompt, sampling, source=self) for sampling in samplings)]
+
+    def tokens(self, start: int, end: int | None = None) -> list[int]:
+        """Prompt and output from one place to another."""
+        length = len(self.prompt)
+        end = length + len(self.output) if end is None else end
+        return self.prompt[start:end] + self.output[max(0, start - length) : max(0, end - length)]
+
     @property
     def unread(self) -> list[int]:
         """Tokens that the model reads next: the prompt or the rest of it, later the newest token."""
-        if self.num_read < len(self.prompt):
-            return self.prompt[self.num_read :] + self.output
-        return self.output[self.num_read - len(self.prompt) :]
+        return self.tokens(self.num_read)
 
     @property
     def num_unread(self) -> int:
@@ -59,20 +94,40 @@ class Request:
         """Tokens that need no more work, of ``max_new_tokens``."""
         return self.sampling.max_new_tokens if self.finish_reason else len(self.output)
 
+    def extends(self, other: Request) -> bool:
+        """Whether the prompt adds to what the cache holds of another request."""
+        held = other.num_read
+        return 0 < held < len(self.prompt) and self.prompt[:held] == other.tokens(0, held)
+
     def draw(self) -> float:
         """The request's next random number, in [0, 1)."""
         return self._random.random()
 
-    def receive(self, token: int) -> None:
-        """Take the next token, which may be the last."""
+    def receive(self, token: int, logprob: TokenLogprob | None = None) -> None:
+        """Take the next token, which may be the last, and pass on the text that it completes."""
+        piece = ""
         if token in self.sampling.end_tokens:
             self.finish_reason = "eod"
-            return
-        self.output.append(token)
-        if len(self.output) == self.sampling.max_new_tokens:
-            self.finish_reason = "length"
-        if self.on_token is not None:
-            self.on_token(token)
+        else:
+            self.output.append(token)
+            if logprob is not None:
+                self.logprobs.append(logprob)
+            piece = self.stream.add(token) if self.stream else ""
+            if self.stream and self.stream.stopped:
+                self.finish_reason = "stop"
+            elif len(self.output) == self.sampling.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason and self.stream:
+            piece += self.stream.finish()
+        self.text += piece
+        if piece and self.on_text is not None:
+            self.on_text(piece)
+
+    def end(self, reason: FinishReason) -> None:
+        """End for a reason; text that was held back is text now."""
+        self.finish_reason = reason
+        if self.stream:
+            self.text += self.stream.finish()
 
     def fail(self, error: str) -> None:
         """End without a result."""

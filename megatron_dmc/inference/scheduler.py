@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_dmc.inference.expectation import Expectation
 from megatron_dmc.inference.request import Request
 
 DEFAULT_PREFILL_TOKENS = 8192
@@ -29,22 +30,44 @@ class Batch:
         """Whether every request has nothing left to read after it."""
         return all(count == request.num_unread for request, count in zip(self.requests, self.counts, strict=True))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether every request reads one token."""
+        return all(count == 1 for count in self.counts)
+
 
 class Scheduler:
     """Requests in the order in which they came; those that run are in the cache.
 
+    A request is admitted when the free blocks cover what it and the running ones are expected to need, or when it is
+    alone. Nobody overtakes the first that waits, so each gets its turn. Samples of a prompt wait until it was read.
+
     Args:
         prefill_tokens: tokens of prompts per pass, at least 1.
         reads_parts: whether a prompt longer than that is read in parts, or whole all the same.
+        expectation: what requests need; asked where the blocks are limited.
+
+    Attributes:
+        is_short: whether the last call of :meth:`next` admitted nobody because rows or blocks were missing.
     """
 
-    def __init__(self, prefill_tokens: int = DEFAULT_PREFILL_TOKENS, *, reads_parts: bool = True) -> None:
+    def __init__(
+        self,
+        prefill_tokens: int = DEFAULT_PREFILL_TOKENS,
+        *,
+        reads_parts: bool = True,
+        expectation: Expectation | None = None,
+    ) -> None:
         if prefill_tokens < 1:
             raise ValueError(f"prefill_tokens={prefill_tokens}: must be at least 1")
         self.prefill_tokens = prefill_tokens
         self.reads_parts = reads_parts
+        self.expectation = expectation or Expectation(1, 1)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.is_short = False
+        self._samples: dict[Request, list[Request]] = {}
+        """Source -> waiting samples of its prompt, until it was read."""
         self._is_full = False
 
     @property
@@ -53,50 +76,111 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Let requests wait for their turn."""
-        self.waiting.extend(requests)
+        """Let requests wait for their turn; samples come with the request whose prompt they share."""
+        for request in requests:
+            self.waiting.append(request)
+            if request.source is not None:
+                self._samples.setdefault(request.source, []).append(request)
 
-    def next(self, num_free_rows: int) -> Batch:
+    def next(self, num_free_rows: int, num_free_blocks: int | None = None) -> Batch:
         """The next pass: a part of one long prompt, as many whole prompts as fit, or the running requests.
 
-        Admitted requests run from now on; the caller gives them rows, or :meth:`give_back`.
+        Admitted requests run from now on; the caller gives them memory, or :meth:`give_back`.
+
+        Args:
+            num_free_rows: requests that the cache can take beside those that it holds.
+            num_free_blocks: of the cache; None: as many as it takes.
         """
+        self.is_short = False
         reading = [request for request in self.running if request.num_unread > 1]
-        admitted = reading or self._admit(num_free_rows)
+        admitted = reading or self._admit(num_free_rows, num_free_blocks)
         if not admitted:
             return Batch(list(self.running), [1] * len(self.running))
         counts = [request.num_unread for request in admitted]
         return Batch(admitted, [min(count, self.prefill_tokens) for count in counts] if self.reads_parts else counts)
 
+    def take_samples(self, source: Request) -> list[Request]:
+        """The waiting samples of a prompt that was read: they :meth:`start`, or wait like others from now on."""
+        return self._samples.pop(source, [])
+
+    def start(self, samples: Sequence[Request], source: Request) -> None:
+        """Let waiting samples that got memory run beside their source."""
+        for sample in samples:
+            self.waiting.remove(sample)
+        place = self.running.index(source) + 1
+        self.running[place:place] = samples
+
     def give_back(self, requests: Iterable[Request]) -> None:
         """Let running requests that have no memory wait again, before all others and in their order.
 
-        Nobody is admitted before another one leaves: read again at once, they would lose their memory again.
+        Nobody is admitted before another one leaves, but one that is alone: read again at once and together, they
+        would lose their memory again.
         """
         requests = list(requests)
         self._is_full = True
         self.running = [request for request in self.running if request not in requests]
-        for request in reversed(requests):
-            request.num_read = 0
-            self.waiting.appendleft(request)
+        self.waiting.extendleft(reversed(requests))
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it stands."""
         self._is_full = False
+        self._samples.pop(request, None)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+            if request.source in self._samples:
+                self._samples[request.source].remove(request)
 
-    def _admit(self, num_free_rows: int) -> list[Request]:
+    def _admit(self, num_free_rows: int, num_free_blocks: int | None) -> list[Request]:
+        if not self.waiting or (self._is_full and self.running):
+            return []
+        room = _Room(self.expectation, self.running, num_free_rows, num_free_blocks)
         admitted: list[Request] = []
-        if self._is_full and self.running:
-            return admitted
-        room = self.prefill_tokens
-        while self.waiting and len(admitted) < num_free_rows:
-            room -= self.waiting[0].num_unread
-            if admitted and room < 0:
+        held_back: list[Request] = []
+        tokens = self.prefill_tokens
+        while self.waiting:
+            first = self.waiting[0]
+            if first.source in self._samples:
+                held_back.append(self.waiting.popleft())
+                continue
+            is_first = not admitted
+            if not room.takes(first, self._samples.get(first, ()), is_alone=is_first and not self.running):
+                self.is_short = is_first
                 break
+            if not is_first and (self._is_full or tokens < first.num_unread):
+                break
+            tokens -= first.num_unread
             admitted.append(self.waiting.popleft())
+        self.waiting.extendleft(reversed(held_back))
         self.running += admitted
         return admitted
+
+
+class _Room:
+    """Rows and blocks that are free once the running requests got what they are expected to need."""
+
+    def __init__(
+        self, expectation: Expectation, running: Sequence[Request], num_free_rows: int, num_free_blocks: int | None
+    ) -> None:
+        self._expectation = expectation
+        self._rows = num_free_rows
+        self._blocks = num_free_blocks
+        if self._blocks is not None:
+            # The next token of each may take one more block of every head than was expected.
+            self._blocks -= expectation.num_heads * len(running) + sum(map(expectation.growth, running))
+
+    def takes(self, request: Request, samples: Sequence[Request], *, is_alone: bool) -> bool:
+        """Whether a request and the samples of its prompt find room, which they take; one that is alone must try."""
+        rows = (request.row is None) + len(samples)
+        if rows > self._rows and not (is_alone and self._rows >= (request.row is None)):
+            return False
+        if self._blocks is not None:
+            expected = self._expectation
+            need = expected.growth(request) + sum(map(expected.growth_of_sample, samples))
+            need += expected.num_heads * (1 + len(samples))
+            if need > self._blocks and not is_alone:
+                return False
+            self._blocks -= need
+        self._rows -= rows
+        return True

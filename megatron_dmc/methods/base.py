@@ -146,6 +146,10 @@ class Method(ABC):
         """The state after a step of decoding, for a method that looks at what attention saw."""
         return update.state
 
+    def expected_entries(self, num_tokens: int) -> float:
+        """Entries that a text is expected to leave in every head: what memory is planned by."""
+        return num_tokens
+
     def end_prompt(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
         """Which entries survive a prompt that ends with these tokens; None: all."""
         return None

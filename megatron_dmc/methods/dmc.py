@@ -132,6 +132,10 @@ class DMC(Method):
         k_entry = self.rotated(k_mean, step, k_TGD.dtype)
         return Update(k_entry, v_mean.to(v_TGD.dtype), entry_TG, {SEGMENT: segment}, decided)
 
+    def expected_entries(self, num_tokens: int) -> float:
+        """By the ratio that the model was trained for."""
+        return num_tokens / self.settings.target_cr
+
     def attend_own(self, tokens: Tokens, update: Update) -> tuple[Tensor, Tensor]:
         """Over the entry of every position, hidden from those after the one that overwrites it."""
         assert update.decisions is not None

@@ -54,6 +54,10 @@ class EvictingPolicy(Method):
         entry_BG = torch.where(length_BG > self.budget, state[VICTIM], length_BG)
         return update._replace(entry_TG=entry_BG.to(torch.int32), state=dict(state))
 
+    def expected_entries(self, num_tokens: int) -> float:
+        """The budget, and one more while a token attends."""
+        return min(num_tokens, self.budget + 1)
+
     def end_prompt(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
         """The recent entries and those of the highest :meth:`prompt_scores`, in their order."""
         entry_BGE = torch.zeros(*caches.length_BG.shape, self.budget, dtype=torch.int64, device=tokens.step.device)

@@ -72,6 +72,15 @@ class ModelConfig:
         """Query heads that share one KV head."""
         return self.num_attention_heads // self.num_kv_heads
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_kv_heads
+        layer = self.hidden_size * (heads * self.head_dim + 3 * self.ffn_hidden_size + 2)
+        layer += 2 * self.head_dim * self.qk_norm
+        vocabulary = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + vocabulary + self.hidden_size
+
 
 def require(holds: bool, name: str, given: Any, allowed: str) -> None:
     """Raise ``ValueError`` with what was given and what is allowed, unless ``holds``."""

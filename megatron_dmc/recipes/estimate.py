@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.recipes.recipe import Recipe
 from megatron_dmc.support.files import free_space
+from megatron_dmc.support.memory import available_memory
 from megatron_dmc.support.units import amount, duration
 
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -42,17 +43,9 @@ class Estimate:
         )
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Parameters of a model."""
-    heads = 2 * config.num_attention_heads + 2 * config.num_kv_heads
-    layer = config.hidden_size * (heads * config.head_dim + 3 * config.ffn_hidden_size + 2)
-    vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return config.num_layers * layer + vocabulary + config.hidden_size
-
-
 def estimate(config: ModelConfig, recipe: Recipe, peak_flops: float) -> Estimate:
     """The needs of ``recipe`` on a machine that does ``peak_flops`` operations per second."""
-    parameters = num_parameters(config)
+    parameters = config.num_parameters
     tokens = max(map(recipe.micro_batch, recipe.retrofit_stages)) * recipe.seq_length
     kept = 4 * tokens * config.hidden_size * ACTIVATIONS_PER_TOKEN_AND_LAYER * config.num_layers
     logits = 4 * tokens * config.vocab_size * LOGIT_COPIES
@@ -86,9 +79,7 @@ def refuse_what_cannot_fit(needed: Estimate, output: Path, max_hours: float) -> 
     Raises:
         ValueError: too little memory or disk, or more than ``max_hours`` of training.
     """
-    import psutil
-
-    (_, free_disk), free_memory = free_space(output), psutil.virtual_memory().available
+    (_, free_disk), free_memory = free_space(output), available_memory()
     smaller = "take a smaller model, fewer or shorter steps, or train on a cluster (launch/README.md)"
     for needs, has, kind in ((needed.memory_bytes, free_memory, "memory"), (needed.disk_bytes, free_disk, "disk")):
         if needs > has:

@@ -2,13 +2,14 @@
 
 import random
 
+from megatron_dmc.inference.expectation import Expectation
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.inference.scheduler import Scheduler
 
 
-def requests(*lengths):
-    return [Request([1] * length, SamplingParams(max_new_tokens=5)) for length in lengths]
+def requests(*lengths, max_new_tokens=5):
+    return [Request([1] * length, SamplingParams(max_new_tokens=max_new_tokens)) for length in lengths]
 
 
 def read(batch):
@@ -16,6 +17,12 @@ def read(batch):
         request.num_read += count
         if not request.num_unread:
             request.receive(7)
+
+
+def preempt(scheduler, requests):
+    for request in requests:
+        request.num_read = 0
+    scheduler.give_back(requests)
 
 
 def test_prompts_first_then_one_token_of_each():
@@ -27,7 +34,9 @@ def test_prompts_first_then_one_token_of_each():
     second = scheduler.next(num_free_rows=6)
     assert second.counts == [1]
     read(second)
-    assert scheduler.next(num_free_rows=5).counts == [1, 1, 1]
+    third = scheduler.next(num_free_rows=5)
+    assert third.counts == [1, 1, 1]
+    assert third.decodes
 
 
 def test_a_long_prompt_is_read_in_parts_before_others():
@@ -54,31 +63,121 @@ def test_who_lost_its_memory_is_first_and_waits_until_somebody_leaves():
     first, second, third = requests(2, 2, 2)
     scheduler.add([first, second, third])
     read(scheduler.next(num_free_rows=2))
-    scheduler.give_back([second])
+    preempt(scheduler, [second])
     assert second.num_unread == 3
     assert scheduler.next(num_free_rows=2).requests == [first]
     scheduler.remove(first)
     assert scheduler.next(num_free_rows=2).requests == [second, third]
 
 
+def test_admission_leaves_room_for_what_runs():
+    """Blocks of 4 for 2 heads: a prompt of 8 and 8 more tokens need 8 of them at their end, and 2 beside."""
+    scheduler = Scheduler(expectation=Expectation(num_heads=2, block_size=4))
+    scheduler.add(requests(8, 8, 8, max_new_tokens=8))
+    read(scheduler.next(num_free_rows=8, num_free_blocks=29))
+    assert len(scheduler.running) == 2
+    # 8 blocks are held; the running ones are to get 8 more, and 4 beside.
+    assert scheduler.next(num_free_rows=6, num_free_blocks=21).requests == scheduler.running
+    assert scheduler.is_short
+    assert len(scheduler.next(num_free_rows=6, num_free_blocks=22).requests) == 1
+    assert not scheduler.is_short
+
+
+def test_what_is_expected_to_survive_counts():
+    expectation = Expectation(num_heads=2, block_size=4)
+    scheduler = Scheduler(expectation=expectation)
+    scheduler.add(requests(*[72] * 4, max_new_tokens=8))
+    expectation.observe_held(5 * 2, num_tokens=80)
+    assert len(scheduler.next(num_free_rows=8, num_free_blocks=40).requests) == 3
+
+
+def test_who_is_alone_may_try():
+    scheduler = Scheduler(expectation=Expectation(num_heads=2, block_size=4))
+    scheduler.add(requests(80, 4))
+    assert [len(request.prompt) for request in scheduler.next(num_free_rows=8, num_free_blocks=10).requests] == [80]
+
+
+def test_a_small_request_does_not_overtake_a_large_one():
+    scheduler = Scheduler(expectation=Expectation(num_heads=2, block_size=4))
+    scheduler.add(requests(4, 400, 4))
+    read(scheduler.next(num_free_rows=8, num_free_blocks=60))
+    assert len(scheduler.running) == 1
+    assert [len(request.prompt) for request in scheduler.waiting] == [400, 4]
+
+
+def test_samples_wait_for_their_prompt_and_others_do_not():
+    scheduler = Scheduler()
+    (first, other) = requests(3, 4)
+    group = first.samples(3)
+    scheduler.add([*group, other])
+    batch = scheduler.next(num_free_rows=8)
+    assert batch.requests == [first, other]
+    read(batch)
+    samples = scheduler.take_samples(first)
+    assert samples == group[1:]
+    for sample in samples[:1]:
+        sample.num_read = 3
+        sample.receive(7)
+    scheduler.start(samples[:1], first)
+    assert scheduler.running == [first, group[1], other]
+    assert scheduler.next(num_free_rows=5).requests == [group[2]], "found no room and reads alone"
+
+
+def test_samples_of_a_request_that_is_gone_read_on_their_own():
+    scheduler = Scheduler()
+    group = requests(3)[0].samples(3)
+    scheduler.add(group)
+    scheduler.next(num_free_rows=8)
+    scheduler.remove(group[0])
+    assert scheduler.next(num_free_rows=8).requests == group[1:]
+
+
+def test_a_group_takes_the_rows_of_all_its_samples():
+    scheduler = Scheduler()
+    first, second = requests(3, 3)
+    scheduler.add([*first.samples(3), *second.samples(2)])
+    assert scheduler.next(num_free_rows=4).requests == [first]
+    scheduler = Scheduler()
+    scheduler.add(requests(3)[0].samples(9))
+    assert len(scheduler.next(num_free_rows=4).requests) == 1, "more samples than rows: some read later"
+
+
 def test_random_traces_end_every_request():
     draw = random.Random(0)
     for _ in range(50):
-        scheduler = Scheduler(prefill_tokens=draw.randint(1, 20))
-        all_requests = requests(*(draw.randint(1, 30) for _ in range(draw.randint(1, 12))))
-        scheduler.add(all_requests)
-        rows = draw.randint(1, 4)
+        scheduler = Scheduler(prefill_tokens=draw.randint(1, 20), expectation=Expectation(2, 4))
+        groups = [one.samples(draw.choice((1, 1, 3))) for one in requests(*draw.choices(range(1, 30), k=8))]
+        every = [request for group in groups for request in group]
+        scheduler.add(every)
+        rows, blocks, forgotten = draw.randint(1, 4), draw.randint(10, 80), []
         for _ in range(5000):
             if not scheduler.is_busy:
                 break
-            batch = scheduler.next(rows - len(scheduler.running))
+            batch = scheduler.next(rows - len(scheduler.running), blocks)
             assert batch.requests
             assert len(scheduler.running) <= rows
             if len(scheduler.running) > 1 and draw.random() < 0.1:
-                scheduler.give_back([scheduler.running[-1]])
+                preempt(scheduler, [scheduler.running[-1]])
+                continue
+            if draw.random() < 0.02:
+                forgotten.append(draw.choice([*scheduler.running, *scheduler.waiting]))
+                forgotten[-1].finish_reason = "aborted"
+                scheduler.remove(forgotten[-1])
                 continue
             read(batch)
             for request in batch.requests:
+                if len(request.output) == 1 and request.num_read == len(request.prompt):
+                    fork(scheduler, request, rows - len(scheduler.running))
                 if request.finish_reason:
                     scheduler.remove(request)
-        assert {request.finish_reason for request in all_requests} == {"length"}
+        assert {request.finish_reason for request in every if request not in forgotten} <= {"length"}
+        assert all(request.finish_reason for request in every)
+
+
+def fork(scheduler, source, num_free_rows):
+    """What the engine does when a prompt was read."""
+    samples = scheduler.take_samples(source)[:num_free_rows]
+    for sample in samples:
+        sample.num_read = source.num_read
+        sample.receive(7)
+    scheduler.start(samples, source)

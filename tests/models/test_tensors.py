@@ -19,6 +19,7 @@ def test_transformers_names_and_shapes(variant):
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     ours = {name: entry.hf_shapes(config)[place] for name, (entry, place) in by_hf_name(config).items()}
     assert ours == theirs
+    assert config.num_parameters == model.num_parameters()
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())

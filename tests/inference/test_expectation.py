@@ -1,0 +1,50 @@
+"""What requests are expected to need."""
+
+import pytest
+
+from megatron_dmc.inference.expectation import Expectation
+from megatron_dmc.inference.request import Request
+from megatron_dmc.inference.sampling import SamplingParams
+
+
+def request(length, max_new_tokens=8, num_written=0, num_read=0):
+    made = Request([1] * length, SamplingParams(max_new_tokens=max_new_tokens))
+    made.output, made.num_read = [2] * num_written, num_read
+    return made
+
+
+def test_at_first_nothing_is_merged_and_texts_get_their_full_length():
+    expectation = Expectation(num_heads=6, block_size=4)
+    assert expectation.blocks(0) == 0
+    assert expectation.blocks(9) == 6 * 3
+    assert expectation.growth(request(10, max_new_tokens=3)) == 6 * 4
+    assert expectation.growth(request(10, max_new_tokens=3, num_read=5)) == 6 * (4 - 2)
+
+
+def test_what_texts_held_and_wrote_is_expected_of_others():
+    expectation = Expectation(num_heads=6, block_size=4)
+    for _ in range(200):
+        expectation.observe_held(6 * 10, num_tokens=80)
+        expectation.observe_written(request(10, max_new_tokens=100, num_written=20))
+    assert expectation.blocks(80) == 6 * 10
+    assert expectation.growth(request(60, max_new_tokens=100)) == 6 * 10
+    assert expectation.growth(request(60, max_new_tokens=100, num_written=60, num_read=119)) == 0
+    assert expectation.blocks(1) == 6, "every head has a block"
+
+
+def test_the_latest_count_most():
+    expectation = Expectation(num_heads=1, block_size=1)
+    for _ in range(50):
+        expectation.observe_held(10, num_tokens=100)
+    for _ in range(50):
+        expectation.observe_held(50, num_tokens=100)
+    assert expectation.blocks(1000) == pytest.approx(500, rel=0.1)
+    expectation.forget()
+    assert expectation.blocks(1000) == 1000
+
+
+def test_more_samples_share_the_prompt_but_its_last_blocks():
+    expectation = Expectation(num_heads=6, block_size=4)
+    sample = request(40, max_new_tokens=8)
+    assert expectation.growth(sample) == 6 * 12
+    assert expectation.growth_of_sample(sample) == 6 * (12 - 10 + 1)
