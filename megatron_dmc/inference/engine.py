@@ -248,14 +248,15 @@ class Engine:
     def _learn(self, request: Request) -> None:
         """Let what the cache holds of a request count among what is expected of others."""
         if self.runner.is_limited:
-            num_blocks = sum(map(sum, self.runner.usage(request).blocks))
-            self.expectation.observe_held(num_blocks, request.num_read)
+            self.expectation.observe_held(self.runner.num_blocks(request), request.num_read)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.end(reason)
         if request.row is not None and request.num_read:
             request.usage = self.runner.usage(request)
-            self._learn(request)
+            if reason != "aborted":
+                # Ranks learn together; one that gives up may be alone.
+                self._learn(request)
         if reason in ("eod", "stop", "length"):
             self.expectation.observe_written(request)
         if request.keep and reason != "error":

@@ -40,8 +40,9 @@ class ModelRunner:
 
     @property
     def num_free_blocks(self) -> int | None:
-        """Blocks of a limited cache that nobody holds; None: it grows."""
-        return self.cache.blocks.num_free if self.is_limited else None
+        """Blocks of a limited cache that nobody holds, over all ranks as on the fullest; None: it grows."""
+        parallel = self.model.parallel
+        return parallel.size * parallel.least(self.cache.blocks.num_free) if self.is_limited else None
 
     def reserve(self, batch: Batch) -> None:
         """Give the requests of a batch rows and what the cache reserves for its tokens.
@@ -102,7 +103,14 @@ class ModelRunner:
             OutOfBlocks: the cache has not enough rows or blocks; nothing was taken.
         """
         assert source.row is not None
-        for sample, row in zip(samples, self.cache.fork(source.row, len(samples)), strict=True):
+        rows: list[int] = []
+        try:
+            with self.model.parallel.together(OutOfBlocks):
+                rows = self.cache.fork(source.row, len(samples))
+        except OutOfBlocks:
+            self.cache.free_sequences(rows)
+            raise
+        for sample, row in zip(samples, rows, strict=True):
             sample.row, sample.num_read = row, source.num_read
             sample.prompt_logprobs = list(source.prompt_logprobs)
 
@@ -111,8 +119,13 @@ class ModelRunner:
         request.row, request.num_read = kept.row, kept.num_read
         kept.row, kept.num_read = None, 0
 
+    def num_blocks(self, request: Request) -> int:
+        """Blocks that hold a request, over all ranks as on the fullest."""
+        parallel = self.model.parallel
+        return parallel.size * parallel.most(sum(map(sum, self.usage(request).blocks)))
+
     def usage(self, request: Request) -> CacheUsage:
-        """What the cache holds for a request."""
+        """What the cache of this rank holds for a request."""
         assert request.row is not None
         return CacheUsage.of(self.cache, [request.row])
 

@@ -121,6 +121,7 @@ def test_whole_forward_passes(size, changes):
 def generate(parallel, name, temperature=0.0, **options):
     """Texts of :data:`PROMPTS` (None where a request failed), entries by head, and how often memory was given back."""
     engine = Engine(decoder(name, parallel), block_size=4, **options)
+    engine.expectation.observe_held(0, 10_000)  # all are admitted at once
     given_back, give_back = [], engine.scheduler.give_back
     engine.scheduler.give_back = lambda requests: (given_back.append(1), give_back(requests))
     requests = engine.generate(PROMPTS, SamplingParams(max_new_tokens=20, temperature=temperature, seed=3))

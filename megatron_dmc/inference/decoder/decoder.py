@@ -69,6 +69,7 @@ class Decoder:
         self.config = source.config
         self.parallel = parallel
         parallel.check(self.config)
+        self.share = parallel.share(self.config)
         self.settings = source.dmc
         dtype = dtype or self.config.dtype
         if dtype not in DTYPES:
@@ -120,7 +121,7 @@ class Decoder:
             num_blocks = max(1, num_blocks // self.parallel.size)
         shape = CacheShape(
             num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads // self.parallel.size,
+            num_kv_heads=self.share.num_kv_heads,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
             state=self.method.state(self.config.head_dim),
@@ -194,10 +195,10 @@ class Decoder:
 
     def _project(self, hidden: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., N, D], keys and values [..., G, D] of this rank."""
-        config, size = self.config, self.parallel.size
-        heads = [config.num_attention_heads // size, config.num_kv_heads // size, config.num_kv_heads // size]
+        share = self.share
+        heads = [share.num_attention_heads, share.num_kv_heads, share.num_kv_heads]
         qkv = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv)
-        q, k, v = qkv.unflatten(-1, (sum(heads), config.head_dim)).split(heads, dim=-2)
+        q, k, v = qkv.unflatten(-1, (sum(heads), share.head_dim)).split(heads, dim=-2)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         return q, k, v

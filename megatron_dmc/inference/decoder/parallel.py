@@ -10,6 +10,7 @@ Legend: T new tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,16 @@ class TensorParallel:
                 f"{self.size} ranks cannot share {config.num_kv_heads} KV heads equally: start {_either(divisors)} "
                 "with torchrun --nproc-per-node"
             )
+
+    def share(self, config: ModelConfig) -> ModelConfig:
+        """What a rank computes of a model, as a model of its own: fewer heads, channels and tokens."""
+        return dataclasses.replace(
+            config,
+            num_attention_heads=config.num_attention_heads // self.size,
+            num_kv_heads=config.num_kv_heads // self.size,
+            ffn_hidden_size=-(-config.ffn_hidden_size // self.size),
+            vocab_size=-(-config.vocab_size // self.size),
+        )
 
     def cut(self, axis: int, length: int) -> Cut:
         """This rank's part of an axis; where it does not divide, parts differ by one."""
