@@ -31,7 +31,7 @@ DEFAULT_MAX_SEQUENCES = 32
 class Engine:
     """Continues prompts of different lengths together; a request that is done makes room for one that waits.
 
-    Where a cache of fixed size is full, what nobody runs is forgotten first; then the newest request gives its memory
+    Where the cache is full, what nobody runs is forgotten first; then the newest request gives its memory
     back, waits, and is read again later: its text is the same. Only a request that does not fit alone fails.
 
     Args:
@@ -39,7 +39,7 @@ class Engine:
         decode: ids to text, of the model's tokenizer; without it there are tokens alone.
         max_sequences: requests in the cache at once.
         block_size: entries per block of the cache.
-        num_blocks: blocks of the cache; None lets it grow.
+        num_blocks: blocks of the cache; None: as many as the sequences can need, as far as there is memory.
         prefill_tokens: tokens of prompts per pass.
 
     Attributes:
@@ -65,7 +65,7 @@ class Engine:
         self.model = model
         self.decode = decode
         self.expectation = Expectation(model.config.num_layers * model.config.num_kv_heads, block_size)
-        self.scheduler = Scheduler(prefill_tokens, reads_parts=model.method.reads_parts, expectation=self.expectation)
+        self.scheduler = Scheduler(self.expectation, prefill_tokens, reads_parts=model.method.reads_parts)
         self.runner = ModelRunner(model, max_sequences, block_size, num_blocks)
         self.sampler = Sampler()
         self.speed = Speed()
@@ -141,7 +141,8 @@ class Engine:
     def _schedule(self) -> Batch:
         """The next batch, with its memory reserved."""
         while True:
-            batch = self.scheduler.next(self.runner.num_free_rows, self.runner.num_free_blocks)
+            num_free_blocks = self.runner.num_free_blocks if self.scheduler.waiting else 0
+            batch = self.scheduler.next(self.runner.num_free_rows, num_free_blocks)
             if self.scheduler.is_short and self._forget_idle():
                 continue
             if not batch.requests:
@@ -247,8 +248,7 @@ class Engine:
 
     def _learn(self, request: Request) -> None:
         """Let what the cache holds of a request count among what is expected of others."""
-        if self.runner.is_limited:
-            self.expectation.observe_held(self.runner.num_blocks(request), request.num_read)
+        self.expectation.observe_held(self.runner.num_blocks(request), request.num_read)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.end(reason)

@@ -25,13 +25,12 @@ class ModelRunner:
         model: to decode with.
         max_sequences: requests in the cache at once.
         block_size: entries per block of the cache.
-        num_blocks: blocks of the cache; None lets it grow.
+        num_blocks: blocks of the cache; None: as many as the sequences can need, as far as there is memory.
     """
 
     def __init__(self, model: Decoder, max_sequences: int, block_size: int, num_blocks: int | None) -> None:
         self.model = model
         self.cache = model.new_cache(max_sequences, block_size=block_size, num_blocks=num_blocks)
-        self.is_limited = num_blocks is not None
 
     @property
     def num_free_rows(self) -> int:
@@ -39,10 +38,10 @@ class ModelRunner:
         return self.cache.rows.num_free
 
     @property
-    def num_free_blocks(self) -> int | None:
-        """Blocks of a limited cache that nobody holds, over all ranks as on the fullest; None: it grows."""
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody holds, over all ranks as on the fullest; asking waits for the device."""
         parallel = self.model.parallel
-        return parallel.size * parallel.least(self.cache.blocks.num_free) if self.is_limited else None
+        return parallel.size * parallel.least(self.cache.blocks.num_free)
 
     def reserve(self, batch: Batch) -> None:
         """Give the requests of a batch rows and what the cache reserves for its tokens.

@@ -43,9 +43,9 @@ class Scheduler:
     alone. Nobody overtakes the first that waits, so each gets its turn. Samples of a prompt wait until it was read.
 
     Args:
+        expectation: what requests need.
         prefill_tokens: tokens of prompts per pass, at least 1.
         reads_parts: whether a prompt longer than that is read in parts, or whole all the same.
-        expectation: what requests need; asked where the blocks are limited.
 
     Attributes:
         is_short: whether the last call of :meth:`next` admitted nobody because rows or blocks were missing.
@@ -53,16 +53,16 @@ class Scheduler:
 
     def __init__(
         self,
+        expectation: Expectation,
         prefill_tokens: int = DEFAULT_PREFILL_TOKENS,
         *,
         reads_parts: bool = True,
-        expectation: Expectation | None = None,
     ) -> None:
         if prefill_tokens < 1:
             raise ValueError(f"prefill_tokens={prefill_tokens}: must be at least 1")
         self.prefill_tokens = prefill_tokens
         self.reads_parts = reads_parts
-        self.expectation = expectation or Expectation(1, 1)
+        self.expectation = expectation
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.is_short = False
@@ -82,14 +82,14 @@ class Scheduler:
             if request.source is not None:
                 self._samples.setdefault(request.source, []).append(request)
 
-    def next(self, num_free_rows: int, num_free_blocks: int | None = None) -> Batch:
+    def next(self, num_free_rows: int, num_free_blocks: int) -> Batch:
         """The next pass: a part of one long prompt, as many whole prompts as fit, or the running requests.
 
         Admitted requests run from now on; the caller gives them memory, or :meth:`give_back`.
 
         Args:
             num_free_rows: requests that the cache can take beside those that it holds.
-            num_free_blocks: of the cache; None: as many as it takes.
+            num_free_blocks: of the cache; of no account while nobody waits.
         """
         self.is_short = False
         reading = [request for request in self.running if request.num_unread > 1]
@@ -132,7 +132,7 @@ class Scheduler:
             if request.source in self._samples:
                 self._samples[request.source].remove(request)
 
-    def _admit(self, num_free_rows: int, num_free_blocks: int | None) -> list[Request]:
+    def _admit(self, num_free_rows: int, num_free_blocks: int) -> list[Request]:
         if not self.waiting or (self._is_full and self.running):
             return []
         room = _Room(self.expectation, self.running, num_free_rows, num_free_blocks)
@@ -161,26 +161,23 @@ class _Room:
     """Rows and blocks that are free once the running requests got what they are expected to need."""
 
     def __init__(
-        self, expectation: Expectation, running: Sequence[Request], num_free_rows: int, num_free_blocks: int | None
+        self, expectation: Expectation, running: Sequence[Request], num_free_rows: int, num_free_blocks: int
     ) -> None:
         self._expectation = expectation
         self._rows = num_free_rows
-        self._blocks = num_free_blocks
-        if self._blocks is not None:
-            # The next token of each may take one more block of every head than was expected.
-            self._blocks -= expectation.num_heads * len(running) + sum(map(expectation.growth, running))
+        # The next token of each may take one more block of every head than was expected.
+        self._blocks = num_free_blocks - expectation.num_heads * len(running) - sum(map(expectation.growth, running))
 
     def takes(self, request: Request, samples: Sequence[Request], *, is_alone: bool) -> bool:
         """Whether a request and the samples of its prompt find room, which they take; one that is alone must try."""
         rows = (request.row is None) + len(samples)
         if rows > self._rows and not (is_alone and self._rows >= (request.row is None)):
             return False
-        if self._blocks is not None:
-            expected = self._expectation
-            need = expected.growth(request) + sum(map(expected.growth_of_sample, samples))
-            need += expected.num_heads * (1 + len(samples))
-            if need > self._blocks and not is_alone:
-                return False
-            self._blocks -= need
+        expected = self._expectation
+        blocks = expected.growth(request) + sum(map(expected.growth_of_sample, samples))
+        blocks += expected.num_heads * (1 + len(samples))
+        if blocks > self._blocks and not is_alone:
+            return False
         self._rows -= rows
+        self._blocks -= blocks
         return True

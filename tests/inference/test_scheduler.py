@@ -7,6 +7,13 @@ from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.inference.scheduler import Scheduler
 
+MANY = 10**6
+
+
+def scheduler_of(prefill_tokens=100):
+    """For blocks of 4 entries and 2 heads."""
+    return Scheduler(Expectation(num_heads=2, block_size=4), prefill_tokens)
+
 
 def requests(*lengths, max_new_tokens=5):
     return [Request([1] * length, SamplingParams(max_new_tokens=max_new_tokens)) for length in lengths]
@@ -26,53 +33,53 @@ def preempt(scheduler, requests):
 
 
 def test_prompts_first_then_one_token_of_each():
-    scheduler = Scheduler(prefill_tokens=10)
+    scheduler = scheduler_of(prefill_tokens=10)
     scheduler.add(requests(4, 6, 1))
-    first = scheduler.next(num_free_rows=8)
+    first = scheduler.next(num_free_rows=8, num_free_blocks=MANY)
     assert first.counts == [4, 6]
     read(first)
-    second = scheduler.next(num_free_rows=6)
+    second = scheduler.next(num_free_rows=6, num_free_blocks=MANY)
     assert second.counts == [1]
     read(second)
-    third = scheduler.next(num_free_rows=5)
+    third = scheduler.next(num_free_rows=5, num_free_blocks=MANY)
     assert third.counts == [1, 1, 1]
     assert third.decodes
 
 
 def test_a_long_prompt_is_read_in_parts_before_others():
-    scheduler = Scheduler(prefill_tokens=10)
+    scheduler = scheduler_of(prefill_tokens=10)
     scheduler.add(requests(25, 3))
     counts = []
     for _ in range(4):
-        batch = scheduler.next(num_free_rows=2)
+        batch = scheduler.next(num_free_rows=2, num_free_blocks=MANY)
         counts.append(batch.counts)
         read(batch)
     assert counts == [[10], [10], [5], [3]]
-    assert scheduler.next(num_free_rows=0).counts == [1, 1]
+    assert scheduler.next(num_free_rows=0, num_free_blocks=MANY).counts == [1, 1]
 
 
 def test_rows_limit_admission():
-    scheduler = Scheduler()
+    scheduler = scheduler_of()
     scheduler.add(requests(2, 2, 2))
-    assert len(scheduler.next(num_free_rows=2).requests) == 2
+    assert len(scheduler.next(num_free_rows=2, num_free_blocks=MANY).requests) == 2
     assert len(scheduler.waiting) == 1
 
 
 def test_who_lost_its_memory_is_first_and_waits_until_somebody_leaves():
-    scheduler = Scheduler()
+    scheduler = scheduler_of()
     first, second, third = requests(2, 2, 2)
     scheduler.add([first, second, third])
-    read(scheduler.next(num_free_rows=2))
+    read(scheduler.next(num_free_rows=2, num_free_blocks=MANY))
     preempt(scheduler, [second])
     assert second.num_unread == 3
-    assert scheduler.next(num_free_rows=2).requests == [first]
+    assert scheduler.next(num_free_rows=2, num_free_blocks=MANY).requests == [first]
     scheduler.remove(first)
-    assert scheduler.next(num_free_rows=2).requests == [second, third]
+    assert scheduler.next(num_free_rows=2, num_free_blocks=MANY).requests == [second, third]
 
 
 def test_admission_leaves_room_for_what_runs():
     """Blocks of 4 for 2 heads: a prompt of 8 and 8 more tokens need 8 of them at their end, and 2 beside."""
-    scheduler = Scheduler(expectation=Expectation(num_heads=2, block_size=4))
+    scheduler = scheduler_of()
     scheduler.add(requests(8, 8, 8, max_new_tokens=8))
     read(scheduler.next(num_free_rows=8, num_free_blocks=29))
     assert len(scheduler.running) == 2
@@ -85,20 +92,20 @@ def test_admission_leaves_room_for_what_runs():
 
 def test_what_is_expected_to_survive_counts():
     expectation = Expectation(num_heads=2, block_size=4)
-    scheduler = Scheduler(expectation=expectation)
+    scheduler = Scheduler(expectation)
     scheduler.add(requests(*[72] * 4, max_new_tokens=8))
     expectation.observe_held(5 * 2, num_tokens=80)
     assert len(scheduler.next(num_free_rows=8, num_free_blocks=40).requests) == 3
 
 
 def test_who_is_alone_may_try():
-    scheduler = Scheduler(expectation=Expectation(num_heads=2, block_size=4))
+    scheduler = scheduler_of()
     scheduler.add(requests(80, 4))
     assert [len(request.prompt) for request in scheduler.next(num_free_rows=8, num_free_blocks=10).requests] == [80]
 
 
 def test_a_small_request_does_not_overtake_a_large_one():
-    scheduler = Scheduler(expectation=Expectation(num_heads=2, block_size=4))
+    scheduler = scheduler_of()
     scheduler.add(requests(4, 400, 4))
     read(scheduler.next(num_free_rows=8, num_free_blocks=60))
     assert len(scheduler.running) == 1
@@ -106,11 +113,11 @@ def test_a_small_request_does_not_overtake_a_large_one():
 
 
 def test_samples_wait_for_their_prompt_and_others_do_not():
-    scheduler = Scheduler()
+    scheduler = scheduler_of()
     (first, other) = requests(3, 4)
     group = first.samples(3)
     scheduler.add([*group, other])
-    batch = scheduler.next(num_free_rows=8)
+    batch = scheduler.next(num_free_rows=8, num_free_blocks=MANY)
     assert batch.requests == [first, other]
     read(batch)
     samples = scheduler.take_samples(first)
@@ -120,32 +127,34 @@ def test_samples_wait_for_their_prompt_and_others_do_not():
         sample.receive(7)
     scheduler.start(samples[:1], first)
     assert scheduler.running == [first, group[1], other]
-    assert scheduler.next(num_free_rows=5).requests == [group[2]], "found no room and reads alone"
+    assert scheduler.next(num_free_rows=5, num_free_blocks=MANY).requests == [group[2]], "found no room and reads alone"
 
 
 def test_samples_of_a_request_that_is_gone_read_on_their_own():
-    scheduler = Scheduler()
+    scheduler = scheduler_of()
     group = requests(3)[0].samples(3)
     scheduler.add(group)
-    scheduler.next(num_free_rows=8)
+    scheduler.next(num_free_rows=8, num_free_blocks=MANY)
     scheduler.remove(group[0])
-    assert scheduler.next(num_free_rows=8).requests == group[1:]
+    assert scheduler.next(num_free_rows=8, num_free_blocks=MANY).requests == group[1:]
 
 
 def test_a_group_takes_the_rows_of_all_its_samples():
-    scheduler = Scheduler()
+    scheduler = scheduler_of()
     first, second = requests(3, 3)
     scheduler.add([*first.samples(3), *second.samples(2)])
-    assert scheduler.next(num_free_rows=4).requests == [first]
-    scheduler = Scheduler()
+    assert scheduler.next(num_free_rows=4, num_free_blocks=MANY).requests == [first]
+    scheduler = scheduler_of()
     scheduler.add(requests(3)[0].samples(9))
-    assert len(scheduler.next(num_free_rows=4).requests) == 1, "more samples than rows: some read later"
+    assert len(scheduler.next(num_free_rows=4, num_free_blocks=MANY).requests) == 1, (
+        "more samples than rows: some read later"
+    )
 
 
 def test_random_traces_end_every_request():
     draw = random.Random(0)
     for _ in range(50):
-        scheduler = Scheduler(prefill_tokens=draw.randint(1, 20), expectation=Expectation(2, 4))
+        scheduler = scheduler_of(draw.randint(1, 20))
         groups = [one.samples(draw.choice((1, 1, 3))) for one in requests(*draw.choices(range(1, 30), k=8))]
         every = [request for group in groups for request in group]
         scheduler.add(every)
