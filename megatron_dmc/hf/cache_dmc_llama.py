@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -13,15 +15,12 @@ from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE, Cach
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.methods import method_of
 
-_MERGED = "merged tokens cannot be taken apart; use greedy search or sampling, and a new cache for each text"
-_NOT_COPIED = "its rows are not copied one by one; copy.deepcopy(cache) copies the whole"
-
 
 class DMCCache(Cache):
     """Compressed cache of one batch. Give it as ``past_key_values`` to go on where a text ended.
 
-    Merged tokens cannot be taken apart again, so nothing that takes back tokens works, nor what picks single rows:
-    crop, assisted decoding, beam search. Each raises ``ValueError``.
+    Merged tokens cannot be taken apart again, so nothing that takes back tokens works: crop, assisted decoding. Each
+    raises ``ValueError``.
 
     Args:
         config: of the model.
@@ -50,7 +49,10 @@ class DMCCache(Cache):
                 block_size=self.block_size,
                 max_tokens=self.shape.max_position_embeddings,
             )
-            self.paged = PagedKVCache(shape, batch, device=device)
+            # On a CPU, blocks take memory when they are written; on a GPU the pool begins small.
+            grows = device.type != "cpu"
+            few = batch * shape.num_heads if grows else None
+            self.paged = PagedKVCache(shape, batch, num_blocks=few, may_grow=grows, device=device)
             self.rows = self.paged.add_sequences(batch)
         return self.paged, self.rows
 
@@ -91,19 +93,37 @@ class DMCCache(Cache):
         return len(self.rows) or -1
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("crop (assisted decoding)", _MERGED)
+        _refuse("crop (assisted decoding)")
 
     def activate_past_recording(self) -> NoReturn:
-        _refuse("activate_past_recording (assisted decoding)", _MERGED)
+        _refuse("activate_past_recording (assisted decoding)")
 
-    def reorder_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("reorder_cache (beam search)", _NOT_COPIED)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences of these rows alone, in this order; one may be named several times."""
+        if self.paged is not None:
+            self._hold_copies(indices.tolist())
 
-    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("batch_repeat_interleave", _NOT_COPIED)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As :meth:`batch_select_indices`: the beams that go on."""
+        self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("batch_select_indices", _NOT_COPIED)
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Hold every sequence ``repeats`` times, its copies behind one another."""
+        if self.paged is not None:
+            self._hold_copies([row for row in range(len(self.rows)) for _ in range(repeats)])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DMCCache:
+        """A cache that goes on by itself, and takes the memory of what is held."""
+        copied = copy.copy(self)
+        copied.layers = [_LayerView(copied) for _ in self.layers]
+        if self.paged is not None:
+            copied._hold_copies(range(len(self.rows)))
+        return copied
+
+    def _hold_copies(self, rows: Iterable[int]) -> None:
+        assert self.paged is not None
+        self.paged = self.paged.copies([self.rows[row] for row in rows])
+        self.rows = list(range(len(self.paged.num_tokens)))
 
 
 class _LayerView(CacheLayerMixin):
@@ -129,5 +149,8 @@ class _LayerView(CacheLayerMixin):
         return -1
 
 
-def _refuse(what: str, reason: str) -> NoReturn:
-    raise ValueError(f"{what} does not work with a compressed cache: {reason}")
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(
+        f"{what} does not work with a compressed cache: merged tokens cannot be taken apart; use greedy search, "
+        "sampling or beams, and a new cache for each text"
+    )

@@ -26,9 +26,11 @@ from megatron_dmc.methods import method_of
 from megatron_dmc.methods.step import Step
 from megatron_dmc.ops.rope import inverse_frequencies
 
-_OTHER_MODES = (
-    "beam search copies the cache of every beam in every step, assisted and contrastive decoding take back tokens, "
-    "which are merged by then; use greedy search or sampling"
+_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
 )
 
 
@@ -187,7 +189,7 @@ class _NoGradient(torch.autograd.Function):
 
 
 class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
-    """The decoder with its output layer: forward passes, loss and ``generate`` (greedy or sampled)."""
+    """The decoder with its output layer: forward passes, loss and ``generate``."""
 
     config_class = DMCLlamaConfig
     _supports_sdpa = False
@@ -196,7 +198,7 @@ class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
     _supports_attention_backend = False
     _can_compile_fullgraph = False
     _is_stateful = True
-    _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    _supported_generation_modes = _MODES
 
     def __init__(self, config: DMCLlamaConfig) -> None:
         # Past LlamaForCausalLM's own, which would build a decoder of the other kind.
@@ -228,8 +230,11 @@ class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any, **kwargs: Any) -> None:
-        if generation_mode not in self._supported_generation_modes:
-            raise ValueError(f"{generation_mode.value} does not work with a compressed cache: {_OTHER_MODES}")
+        if generation_mode not in _MODES:
+            raise ValueError(
+                f"{generation_mode.value} does not work with a compressed cache: assisted and contrastive decoding "
+                "take back tokens, which are merged by then; use greedy search, sampling or beams"
+            )
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
 

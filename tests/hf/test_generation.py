@@ -220,6 +220,47 @@ def test_a_prefix_is_read_once_and_copied(model):
         assert cache.usage() == before
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_beams_equal_those_without_a_cache(model, sampled):
+    """Beams that go on are copied; without a cache every step reads everything again."""
+    token_BS, mask_BS = padded(PROMPTS, "left")
+    options = {"num_beams": 3, "num_return_sequences": 2, "do_sample": sampled, "attention_mask": mask_BS}
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        found.append(generated(model, token_BS, use_cache=use_cache, **options))
+    assert torch.equal(*found)
+    assert len(found[0]) == 2 * len(PROMPTS)
+    if not sampled:
+        assert not torch.equal(found[0][::2], generated(model, token_BS, attention_mask=mask_BS)), "beams find no more"
+
+
+def test_samples_go_on_from_one_prefix(model):
+    prefix_BS, cache = random_tokens(1, 24), hf.DMCCache(model.config, block_size=4)
+    with torch.no_grad():
+        model(prefix_BS, past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    options = {"do_sample": True, "num_return_sequences": 3}
+    found = []
+    for past in (cache, None):
+        torch.manual_seed(0)
+        found.append(generated(model, torch.cat([prefix_BS, prefix_BS[:, :2]], dim=1), past_key_values=past, **options))
+    assert torch.equal(*found)
+    cache.paged.check_integrity()
+
+
+def test_rows_of_a_cache_are_chosen(model):
+    token_BS, mask_BS = padded(PROMPTS, "left")
+    cache = hf.DMCCache(model.config, block_size=4)
+    text_BS = generated(model, token_BS, attention_mask=mask_BS, past_key_values=cache)
+    chosen = torch.tensor([2, 0, 2])
+    cache.batch_select_indices(chosen)
+    mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(PROMPTS), 8)], dim=1)[chosen]
+    went_on_BS = generated(model, text_BS[chosen], attention_mask=mask_BS, past_key_values=cache)
+    assert torch.equal(went_on_BS, generated(model, text_BS[chosen], attention_mask=mask_BS))
+    cache.paged.check_integrity()
+
+
 def test_a_cache_that_was_reset_is_as_new(model):
     cache, token_BS = hf.DMCCache(model.config), random_tokens(2, 10)
     assert not cache.is_initialized

@@ -13,14 +13,12 @@ transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("megatron_dmc.hf")
 
 
-MERGED = "take back tokens, which are merged by then; use greedy search or sampling"
+MERGED = "take back tokens, which are merged by then; use greedy search, sampling or beams"
 
 
 @pytest.mark.parametrize(
     ("options", "mode"),
     [
-        ({"num_beams": 2}, "beam_search"),
-        ({"num_beams": 2, "do_sample": True}, "beam_sample"),
         ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
         ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, "contrastive_search"),
         ({"dola_layers": "high", "trust_remote_code": True}, "dola_generation"),
@@ -57,21 +55,12 @@ def test_continuous_batching_is_refused(model, call):
             getattr(model, call)([[1, 2, 3]])
 
 
-@pytest.mark.parametrize(
-    ("operation", "arguments", "reason"),
-    [
-        ("crop", [-1], "merged tokens cannot be taken apart"),
-        ("activate_past_recording", [], "merged tokens cannot be taken apart"),
-        ("reorder_cache", [torch.tensor([0, 0, 1])], "its rows are not copied one by one"),
-        ("batch_repeat_interleave", [2], "its rows are not copied one by one"),
-        ("batch_select_indices", [torch.tensor([0])], "its rows are not copied one by one"),
-    ],
-)
-def test_the_cache_refuses_what_it_cannot_do(model, operation, arguments, reason):
+@pytest.mark.parametrize(("operation", "arguments"), [("crop", [-1]), ("activate_past_recording", [])])
+def test_the_cache_refuses_to_take_back_tokens(model, operation, arguments):
     with torch.no_grad():
         cache = model(random_tokens()).past_key_values
     before = cache.usage()
-    with pytest.raises(ValueError, match=f"^{operation} .*does not work with a compressed cache: {reason}"):
+    with pytest.raises(ValueError, match=f"^{operation} .*: merged tokens cannot be taken apart"):
         getattr(cache, operation)(*arguments)
     assert cache.usage() == before
 

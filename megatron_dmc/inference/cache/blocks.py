@@ -10,6 +10,7 @@ Legend: L layers, X blocks of the pool, W places in tables where a block may be 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,6 +30,12 @@ class Blocks:
         self.total = total
         self.holders_X = torch.zeros(total, dtype=torch.int32, device=device)
         self._home_L = torch.arange(num_layers, device=device) * total // num_layers
+
+    def extend(self, count: int) -> None:
+        """Add free blocks behind the others."""
+        self.holders_X = F.pad(self.holders_X, (0, count))
+        self._home_L = self._home_L * (self.total + count) // self.total
+        self.total += count
 
     @property
     def num_free(self) -> int:

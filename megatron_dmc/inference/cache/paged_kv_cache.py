@@ -91,6 +91,7 @@ class PagedKVCache:
         num_sequences: rows, the sequences held at once.
         num_blocks: size of the pool; None: :meth:`CacheShape.num_blocks`. On a CPU, blocks take memory when they are
             first written.
+        may_grow: a full pool becomes half as large again, which moves it.
         device: of all tensors.
 
     Attributes:
@@ -108,12 +109,13 @@ class PagedKVCache:
         num_sequences: int,
         *,
         num_blocks: int | None = None,
+        may_grow: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         device = torch.device(device)
         if num_blocks is None:
             num_blocks = shape.num_blocks(num_sequences, device)
-        self.shape = shape
+        self.shape, self.may_grow = shape, may_grow
         pool = (num_blocks, shape.block_size, shape.head_dim)
         self.k_blocks, self.v_blocks = zeros(pool, shape.dtype, device), zeros(pool, shape.dtype, device)
         self.blocks = Blocks(num_blocks, shape.num_layers, device)
@@ -168,6 +170,23 @@ class PagedKVCache:
         for new in rows:
             self.num_tokens[new] = self.num_tokens[row]
         return rows
+
+    def copies(self, rows: Sequence[int]) -> PagedKVCache:
+        """A cache of its own that holds copies of some sequences, in this order; one may be named several times."""
+        needed_LBG = self._num_blocks(self.cache_seqlens[:, rows])
+        is_held_LBGM = self._columns() < needed_LBG.unsqueeze(-1)
+        num_blocks = int(is_held_LBGM.sum()) if self.may_grow else None
+        copied = PagedKVCache(self.shape, len(rows), num_blocks=num_blocks, may_grow=self.may_grow, device=self.device)
+        copied.add_sequences(len(rows))
+        block_LBGM = copied._take(is_held_LBGM)
+        source_LBGM = self.block_table[:, rows]
+        for pool, source in ((copied.k_blocks, self.k_blocks), (copied.v_blocks, self.v_blocks)):
+            pool[block_LBGM[is_held_LBGM]] = source[source_LBGM[is_held_LBGM]]
+        copied.block_table, copied.held_blocks = block_LBGM, needed_LBG
+        copied.cache_seqlens = self.cache_seqlens[:, rows]
+        copied.state = {name: tensor[:, rows] for name, tensor in self.state.items()}
+        copied.num_tokens = [self.num_tokens[row] for row in rows]
+        return copied
 
     def free_sequences(self, rows: Sequence[int]) -> None:
         """Give back the blocks and the rows of finished sequences. A row that is free already is the caller's fault."""
@@ -313,6 +332,8 @@ class PagedKVCache:
             self._free_at_least -= at_most
             return
         left = int(self.blocks.count_free() - is_wanted.sum())
+        if left < 0 and self.may_grow:
+            left += self._grow(-left)
         if left < 0:
             num_free = self.blocks.num_free
             raise OutOfBlocks(
@@ -321,6 +342,15 @@ class PagedKVCache:
                 "give the cache more blocks, decode fewer sequences at once, or shorten them"
             )
         self._free_at_least = left
+
+    def _grow(self, missing: int) -> int:
+        """How many blocks were added."""
+        extra = max(missing, self.blocks.total // 2)
+        self.k_blocks, self.v_blocks = (
+            torch.cat([pool, pool.new_zeros(extra, *pool.shape[1:])]) for pool in (self.k_blocks, self.v_blocks)
+        )
+        self.blocks.extend(extra)
+        return extra
 
     def _widen(self, num_entries: int) -> None:
         """Let tables have room for the blocks of so many entries."""

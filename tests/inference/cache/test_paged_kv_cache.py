@@ -108,13 +108,15 @@ def entries_of(cache, layer, row, head):
     return found
 
 
-@pytest.mark.parametrize("num_blocks", [None, 600])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_blocks": 600}, {"num_blocks": 1, "may_grow": True}], ids=["any size", "fixed", "growing"]
+)
 @pytest.mark.parametrize("shape", [SHAPE, NEWEST], ids=["any entry changes", "only the newest changes"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_random_trace_against_lists(num_blocks, shape, seed):
+def test_random_trace_against_lists(options, shape, seed):
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    cache, lists, running = PagedKVCache(shape, 5, num_blocks=num_blocks), ListCache(), []
+    cache, lists, running = PagedKVCache(shape, 5, **options), ListCache(), []
     for _ in range(80):
         action = draw.random()
         if cache.rows.num_free and action < 0.2:
@@ -242,6 +244,29 @@ def test_copies_share_the_blocks_that_no_step_changes(shape, num_copied):
     cache.free_sequences(copies)
     cache.check_integrity()
     assert cache.blocks.num_in_use == 0
+
+
+@pytest.mark.parametrize("may_grow", [False, True])
+def test_copies_in_a_cache_of_their_own(may_grow):
+    """In any order and number, with nothing shared: what is read later stays apart."""
+    draw, lists = random.Random(0), ListCache()
+    cache = PagedKVCache(SHAPE, 3, num_blocks=1 if may_grow else None, may_grow=may_grow)
+    rows = cache.add_sequences(3)
+    run_pass(draw, cache, lists, rows, [9, 1, 14])
+    chosen = [rows[2], rows[0], rows[2]]
+    copied = cache.copies(chosen)
+    copied.check_integrity()
+    held = [[entries_of(cache, layer, row, head) for layer in range(L) for head in range(G)] for row in chosen]
+    run_pass(draw, cache, lists, rows, [1, 1, 1])
+    for row, (source, entries) in enumerate(zip(chosen, held, strict=True)):
+        assert [entries_of(copied, layer, row, head) for layer in range(L) for head in range(G)] == entries
+        assert copied.num_tokens[row] == cache.num_tokens[source] - 1
+    append_everywhere(copied, [0])
+    assert entries_of(copied, 0, 2, 0) == held[2][0]
+    copied.free_sequences([0, 1, 2])
+    copied.check_integrity()
+    assert copied.blocks.num_in_use == 0
+    cache.check_integrity()
 
 
 def test_a_copy_for_which_there_is_no_room_changes_nothing():
