@@ -64,14 +64,18 @@ def open_model(args: argparse.Namespace, parallel: TensorParallel | None = None)
     if (args.policy is None) != (args.budget is None):
         raise ValueError("--policy and --budget belong together: give both, or neither for the model's own method")
     method = None if args.policy is None else policy(args.policy, args.budget)
-    device = _device(args.device, parallel or ALONE)
+    device = device_of(args.device, parallel or ALONE)
     source = open_source(args.model)
     model = Decoder(source, dtype=args.dtype, device=device, method=method, parallel=parallel or ALONE)
     return model, source.companions
 
 
-def _device(asked: str | None, parallel: TensorParallel) -> torch.device:
-    """The device that the user asks for; of several ranks each takes the GPU of its number."""
+def device_of(asked: str | None, parallel: TensorParallel) -> torch.device:
+    """The device that the user asks for; of several ranks each takes the GPU of its number.
+
+    Raises:
+        ValueError: there is no such device, or it would be that of several ranks.
+    """
     import torch
 
     name = asked or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -35,7 +35,8 @@ class Engine:
     back, waits, and is read again later: its text is the same. Only a request that does not fit alone fails.
 
     Args:
-        model: to decode with.
+        model: to decode with. Where several ranks hold it, each has an engine and asks the same of it in the same order;
+            a listener that fails ends all of them.
         decode: ids to text, of the model's tokenizer; without it there are tokens alone.
         max_sequences: requests in the cache at once.
         block_size: entries per block of the cache.
@@ -215,11 +216,21 @@ class Engine:
         logprobs = self.sampler.logprobs(requests, logits_BV, tokens)
         for request, token, logprob, is_sane in zip(requests, tokens, logprobs, sane, strict=True):
             if is_sane:
-                _deliver(request, token, logprob)
+                self._deliver(request, token, logprob)
             else:
                 request.fail("the model's logits are not finite: its weights or dtype are at fault")
             if request.finish_reason:
                 self._end(request, request.finish_reason)
+
+    def _deliver(self, request: Request, token: int, logprob: TokenLogprob | None) -> None:
+        """Hand a token over; who listens to its text may fail, which is that request's affair."""
+        try:
+            request.receive(token, logprob)
+        except Exception as error:
+            if self.model.parallel.size > 1:
+                # The other ranks would go on with this request.
+                raise
+            request.fail(f"its listener failed: {error}")
 
     def _with_samples(self, batch: Batch) -> tuple[list[Request], list[int]]:
         """Requests that read everything, with the samples that share their prompts, and their places in a batch."""
@@ -283,11 +294,3 @@ class Engine:
             )
         if self.decode is None and (request.sampling.stop or request.on_text):
             raise ValueError(f"prompt {index} asks for text or stop strings: give the engine a tokenizer's decode")
-
-
-def _deliver(request: Request, token: int, logprob: TokenLogprob | None) -> None:
-    """Hand a token over; who listens to its text may fail, which is that request's affair."""
-    try:
-        request.receive(token, logprob)
-    except Exception as error:
-        request.fail(f"its listener failed: {error}")
