@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dmc.models.config import DTYPES
 
 if TYPE_CHECKING:
+    import torch
+
+    from megatron_dmc.checkpoint.source import Source
     from megatron_dmc.data.tokenizer import Tokenizer
     from megatron_dmc.inference.decoder.decoder import Decoder
+    from megatron_dmc.inference.memory_need import DeviceMemory, ModelMemory
+    from megatron_dmc.methods import Method
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -39,20 +45,66 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def open_model(args: argparse.Namespace) -> tuple[Decoder, Path]:
-    """The model that ``args`` name, and the directory where its own tokenizer would be.
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model whose weights were not read yet.
+
+    Attributes:
+        source: of its weights and settings.
+        device: where it will compute.
+        dtype: in which type.
+        method: how its cache is kept.
+        block_size: entries per block of the cache.
+    """
+
+    source: Source
+    device: torch.device
+    dtype: torch.dtype
+    method: Method
+    block_size: int
+
+    @property
+    def memory(self) -> ModelMemory:
+        """What it takes."""
+        from megatron_dmc.inference.memory_need import ModelMemory
+
+        return ModelMemory(self.source.config, self.dtype, self.method, self.block_size)
+
+    @property
+    def device_memory(self) -> DeviceMemory:
+        """What there is."""
+        from megatron_dmc.inference.memory_need import DeviceMemory
+
+        return DeviceMemory.of(self.device)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest text that it reads."""
+        return self.source.config.max_position_embeddings
+
+    def load(self) -> Decoder:
+        """Read the weights. Raises ``ValueError`` where they do not fit the configuration."""
+        from megatron_dmc.inference.decoder.decoder import Decoder
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Decoder(self.source, dtype=dtype, device=self.device, method=self.method)
+
+
+def open_model(args: argparse.Namespace) -> OpenedModel:
+    """The model that ``args`` name.
 
     Raises:
-        ValueError: no readable model, or no such device.
+        ValueError: no readable model, no such device, or a size out of range.
     """
     import torch
 
     from megatron_dmc.checkpoint.source import open_source
-    from megatron_dmc.inference.decoder.decoder import Decoder
-    from megatron_dmc.methods import policy
+    from megatron_dmc.methods import method_of, policy
 
     if (args.policy is None) != (args.budget is None):
         raise ValueError("--policy and --budget belong together: give both, or neither for the model's own method")
+    if args.block_size < 1:
+        raise ValueError(f"block_size={args.block_size}: must be at least 1 entry (32 by default)")
     method = None if args.policy is None else policy(args.policy, args.budget)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -61,10 +113,16 @@ def open_model(args: argparse.Namespace) -> tuple[Decoder, Path]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; cpu always works") from error
     source = open_source(args.model)
-    return Decoder(source, dtype=args.dtype, device=device, method=method), source.companions
+    return OpenedModel(
+        source=source,
+        device=device,
+        dtype=getattr(torch, args.dtype or source.config.dtype),
+        method=method or method_of(source.dmc),
+        block_size=args.block_size,
+    )
 
 
-def open_tokenizer(args: argparse.Namespace, companions: Path, vocab_size: int) -> Tokenizer:
+def open_tokenizer(args: argparse.Namespace, opened: OpenedModel) -> Tokenizer:
     """The tokenizer that ``args`` name, or that stands beside the model.
 
     Raises:
@@ -73,6 +131,7 @@ def open_tokenizer(args: argparse.Namespace, companions: Path, vocab_size: int) 
     """
     from megatron_dmc.data.tokenizer import load_tokenizer
 
+    companions, vocab_size = opened.source.companions, opened.source.config.vocab_size
     if args.tokenizer is None and not companions.is_dir():
         raise ValueError(f"{args.model} has no tokenizer beside it: give one with --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or companions)
