@@ -115,8 +115,8 @@ def _answer(
         shown += len(piece)
         print(piece, end="", flush=True)
 
-    request = conversation.ask(text, sampling, show if streams else None)
     with _Interrupt() as interrupt:
+        request = conversation.ask(text, sampling, show if streams else None)
         while engine.is_busy:
             engine.step()
             if interrupt.came:
