@@ -22,7 +22,7 @@ from megatron_dmc.support.errors import (
     InfrastructureError,
 )
 
-COMMANDS = ("quickstart", "doctor", "data", "convert", "train", "evaluate", "generate", "report")
+COMMANDS = ("quickstart", "doctor", "data", "convert", "train", "evaluate", "generate", "chat", "report")
 EXIT_INTERRUPTED = 130
 _WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.cli.model_options import add_model_options, open_model, open_tokenizer
+from megatron_dmc.cli.model_options import OpenedModel, add_model_options, open_model, open_tokenizer
 from megatron_dmc.support.units import duration
 
 if TYPE_CHECKING:
@@ -49,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
     from megatron_dmc.support.files import to_json
     from megatron_dmc.support.progress import progress
 
-    model, companions = open_model(args)
-    tokens = _tokens(args, companions, model.config.vocab_size)
-    sequences = cut_sequences(tokens, args.seq_length or model.config.max_position_embeddings, args.sequences)
+    opened = open_model(args)
+    seq_length = args.seq_length or opened.max_tokens
+    sequences = cut_sequences(_tokens(args, opened), seq_length, args.sequences)
+    _require_memory(args, opened, sequences.shape[1] - 1, len(sequences))
+    model = opened.load()
     total = sequences.shape[0] * (sequences.shape[1] - 1)
     watch = _Watch(len(sequences), total, args.path)
     with progress(f"evaluating {args.model.name}", total, "tokens", note=watch.note) as advance:
@@ -95,7 +97,18 @@ class _Watch:
         return f"perplexity so far {self._so_far.perplexity:.3f}" if self._so_far else ""
 
 
-def _tokens(args: argparse.Namespace, companions: Path, vocab_size: int) -> np.ndarray:
+def _require_memory(args: argparse.Namespace, opened: OpenedModel, seq_length: int, num_sequences: int) -> None:
+    """Refuse what does not fit, before the weights are read."""
+    from megatron_dmc.inference.memory_need import Need
+
+    memory, batch = opened.memory, max(1, min(args.batch_size, num_sequences))
+    at_once = batch * (args.prefill_length if args.path == "decode" else seq_length)
+    cache = 0 if args.path == "teacher-forced" else memory.cache([seq_length] * batch)
+    need = Need(memory.weights, cache, memory.workspace(max(at_once, batch), batch))
+    need.require(opened.device_memory, "lower --batch-size or --seq-length, or take --dtype bfloat16")
+
+
+def _tokens(args: argparse.Namespace, opened: OpenedModel) -> np.ndarray:
     """The stream of tokens to read."""
     import numpy as np
 
@@ -106,7 +119,7 @@ def _tokens(args: argparse.Namespace, companions: Path, vocab_size: int) -> np.n
         tokens = IndexedTokens(args.data).tokens
         manifest = read_manifest(args.data)
         if manifest is not None and args.tokenizer is not None:
-            tokenizer = open_tokenizer(args, companions, vocab_size)
+            tokenizer = open_tokenizer(args, opened)
             if tokenizer.sha256 != manifest["tokenizer_sha256"]:
                 raise ValueError(
                     f"{args.data} was made with another tokenizer than {tokenizer.path}: give that one; where a "
@@ -119,7 +132,7 @@ def _tokens(args: argparse.Namespace, companions: Path, vocab_size: int) -> np.n
         text = args.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.text} is not UTF-8 text: {error}") from error
-    return np.array(open_tokenizer(args, companions, vocab_size).encode(text), dtype=np.int64)
+    return np.array(open_tokenizer(args, opened).encode(text), dtype=np.int64)
 
 
 def _lines(evaluation: Evaluation) -> list[str]:

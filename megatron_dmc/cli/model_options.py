@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dmc.cli.ranks import num_ranks
+from megatron_dmc.cli.ranks import num_ranks, num_ranks_here
 from megatron_dmc.models.config import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron_dmc.checkpoint.source import Source
     from megatron_dmc.data.tokenizer import Tokenizer
     from megatron_dmc.inference.decoder.decoder import Decoder
     from megatron_dmc.inference.decoder.parallel import TensorParallel
+    from megatron_dmc.inference.memory_need import DeviceMemory, ModelMemory
+    from megatron_dmc.methods import Method
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -44,30 +48,89 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def open_model(args: argparse.Namespace, parallel: TensorParallel | None = None) -> tuple[Decoder, Path]:
-    """The model that ``args`` name, and the directory where its own tokenizer would be.
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model whose weights were not read yet.
+
+    Attributes:
+        source: of its weights and settings.
+        device: where it will compute.
+        dtype: in which type.
+        method: how its cache is kept.
+        block_size: entries per block of the cache.
+        parallel: the ranks that hold it together.
+    """
+
+    source: Source
+    device: torch.device
+    dtype: torch.dtype
+    method: Method
+    block_size: int
+    parallel: TensorParallel
+
+    @property
+    def memory(self) -> ModelMemory:
+        """What this rank's share of it takes."""
+        from megatron_dmc.inference.memory_need import ModelMemory
+
+        return ModelMemory(self.parallel.share(self.source.config), self.dtype, self.method, self.block_size)
+
+    @property
+    def device_memory(self) -> DeviceMemory:
+        """What there is; ranks without a GPU share the memory of their machine."""
+        from megatron_dmc.inference.memory_need import DeviceMemory
+
+        memory = DeviceMemory.of(self.device)
+        sharing = num_ranks_here() if self.device.type == "cpu" else 1
+        return DeviceMemory(memory.available // sharing, memory.total // sharing)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest text that it reads."""
+        return self.source.config.max_position_embeddings
+
+    def load(self) -> Decoder:
+        """Read the weights. Raises ``ValueError`` where they do not fit the configuration."""
+        from megatron_dmc.inference.decoder.decoder import Decoder
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Decoder(self.source, dtype=dtype, device=self.device, method=self.method, parallel=self.parallel)
+
+
+def open_model(args: argparse.Namespace, parallel: TensorParallel | None = None) -> OpenedModel:
+    """The model that ``args`` name.
 
     Args:
-        parallel: the ranks that hold it together; None: this process alone.
+        parallel: the ranks that hold it together; None: the command runs on one process alone.
 
     Raises:
-        ValueError: no readable model, no such device, or ranks that a command cannot use.
+        ValueError: no readable model, no such device, a size out of range, or ranks that cannot be used.
     """
+    import torch
+
     from megatron_dmc.checkpoint.source import open_source
-    from megatron_dmc.inference.decoder.decoder import Decoder
     from megatron_dmc.inference.decoder.parallel import ALONE
-    from megatron_dmc.methods import policy
+    from megatron_dmc.methods import method_of, policy
 
     if parallel is None and num_ranks() > 1:
         raise ValueError("this command runs on one process: start it without torchrun (generate runs on several)")
-
+    parallel = parallel or ALONE
     if (args.policy is None) != (args.budget is None):
         raise ValueError("--policy and --budget belong together: give both, or neither for the model's own method")
+    if args.block_size < 1:
+        raise ValueError(f"block_size={args.block_size}: must be at least 1 entry (32 by default)")
     method = None if args.policy is None else policy(args.policy, args.budget)
-    device = device_of(args.device, parallel or ALONE)
+    device = device_of(args.device, parallel)
     source = open_source(args.model)
-    model = Decoder(source, dtype=args.dtype, device=device, method=method, parallel=parallel or ALONE)
-    return model, source.companions
+    parallel.check(source.config)
+    return OpenedModel(
+        source=source,
+        device=device,
+        dtype=getattr(torch, args.dtype or source.config.dtype),
+        method=method or method_of(source.dmc),
+        block_size=args.block_size,
+        parallel=parallel,
+    )
 
 
 def device_of(asked: str | None, parallel: TensorParallel) -> torch.device:
@@ -93,7 +156,7 @@ def device_of(asked: str | None, parallel: TensorParallel) -> torch.device:
     return device
 
 
-def open_tokenizer(args: argparse.Namespace, companions: Path, vocab_size: int) -> Tokenizer:
+def open_tokenizer(args: argparse.Namespace, opened: OpenedModel) -> Tokenizer:
     """The tokenizer that ``args`` name, or that stands beside the model.
 
     Raises:
@@ -102,6 +165,7 @@ def open_tokenizer(args: argparse.Namespace, companions: Path, vocab_size: int) 
     """
     from megatron_dmc.data.tokenizer import load_tokenizer
 
+    companions, vocab_size = opened.source.companions, opened.source.config.vocab_size
     if args.tokenizer is None and not companions.is_dir():
         raise ValueError(f"{args.model} has no tokenizer beside it: give one with --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or companions)

@@ -21,6 +21,11 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def num_ranks_here() -> int:
+    """How many of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def on_all_ranks() -> Iterator[TensorParallel]:
     """Run a block on all ranks, which hold a model together; what the others than the first print is dropped.

@@ -18,7 +18,7 @@ from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.expectation import Expectation
 from megatron_dmc.inference.logprobs import TokenLogprob
 from megatron_dmc.inference.model_runner import ModelRunner
-from megatron_dmc.inference.request import FinishReason, Request
+from megatron_dmc.inference.request import FinishReason, Request, check_request
 from megatron_dmc.inference.sampler import Sampler
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.inference.scheduler import DEFAULT_PREFILL_TOKENS, Batch, Scheduler
@@ -35,8 +35,8 @@ class Engine:
     back, waits, and is read again later: its text is the same. Only a request that does not fit alone fails.
 
     Args:
-        model: to decode with. Where several ranks hold it, each has an engine and asks the same of it in the same order;
-            a listener that fails ends all of them.
+        model: to decode with. Where ranks share it, each has an engine and asks the same of it in the same order; a
+            listener that fails on one ends them all.
         decode: ids to text, of the model's tokenizer; without it there are tokens alone.
         max_sequences: requests in the cache at once.
         block_size: entries per block of the cache.
@@ -65,7 +65,7 @@ class Engine:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.model = model
         self.decode = decode
-        self.expectation = Expectation(model.config.num_layers * model.config.num_kv_heads, block_size)
+        self.expectation = _expectation(model, block_size)
         self.scheduler = Scheduler(self.expectation, prefill_tokens, reads_parts=model.method.reads_parts)
         self.runner = ModelRunner(model, max_sequences, block_size, num_blocks)
         self.sampler = Sampler()
@@ -98,7 +98,9 @@ class Engine:
                 tokenizer; no request was accepted.
         """
         for index, request in enumerate(requests):
-            self._check(index, request)
+            check_request(index, request, self.model.config)
+            if self.decode is None and (request.sampling.stop or request.on_text):
+                raise ValueError(f"prompt {index} asks for text or stop strings: give the engine a tokenizer's decode")
         together = set(requests)
         for request in requests:
             if request.source not in together:
@@ -276,21 +278,14 @@ class Engine:
             self.runner.release(request)
         self.scheduler.remove(request)
 
-    def _check(self, index: int, request: Request) -> None:
-        config, length = self.model.config, len(request.prompt)
-        if not length:
-            raise ValueError(f"prompt {index} is empty: give at least one token")
-        if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
-            outside = next(token for token in request.prompt if not 0 <= token < config.vocab_size)
-            raise ValueError(
-                f"prompt {index} holds token {outside}: the model's vocabulary is 0..{config.vocab_size - 1}; "
-                "give the tokenizer that the model was trained with"
-            )
-        limit = config.max_position_embeddings
-        if length + request.sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {index} has {length} tokens and may grow by {request.sampling.max_new_tokens}: the model "
-                f"reads at most {limit}; shorten the prompt or lower max_new_tokens"
-            )
-        if self.decode is None and (request.sampling.stop or request.on_text):
-            raise ValueError(f"prompt {index} asks for text or stop strings: give the engine a tokenizer's decode")
+
+def _expectation(model: Decoder, block_size: int) -> Expectation:
+    """The worst case by the length of a text, or by what its method keeps at most where it cannot be read again."""
+    method = model.method
+    return Expectation(
+        model.config.num_layers * model.config.num_kv_heads,
+        block_size,
+        most_entries=None if method.exact_recompute else method.expected_entries,
+        learns=method.exact_recompute,
+        shares=method.only_newest_changes,
+    )

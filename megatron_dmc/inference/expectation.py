@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from megatron_dmc.inference.request import Request
 
@@ -32,26 +33,41 @@ class Expectation:
     Args:
         num_heads: head caches of a sequence: layers times KV heads.
         block_size: entries per block.
+        most_entries: how many a head keeps at most of so many tokens; None: all of them.
+        learns: whether what others needed counts. Where a request cannot be read again, only the worst is safe.
+        shares: whether samples of a prompt share its blocks.
     """
 
-    def __init__(self, num_heads: int, block_size: int) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        block_size: int,
+        *,
+        most_entries: Callable[[int], float] | None = None,
+        learns: bool = True,
+        shares: bool = True,
+    ) -> None:
         self.num_heads = num_heads
         self.block_size = block_size
+        self._most_entries = most_entries
+        self._learns, self._shares = learns, shares
         self._held, self._written = Share(), Share()
 
     def observe_held(self, blocks: int, num_tokens: int) -> None:
         """``num_tokens`` of a sequence were found to need so many blocks over all heads."""
-        self._held.observe(blocks, self._uncompressed(num_tokens))
+        if self._learns:
+            self._held.observe(blocks, self._uncompressed(num_tokens))
 
     def observe_written(self, request: Request) -> None:
         """A text reached its end by itself."""
-        self._written.observe(len(request.output), request.sampling.max_new_tokens)
+        if self._learns:
+            self._written.observe(len(request.output), request.sampling.max_new_tokens)
 
     def forget(self) -> None:
         """Expect the worst again: it happened."""
         self._held, self._written = Share(), Share()
 
-    def blocks(self, num_tokens: float) -> int:
+    def blocks(self, num_tokens: int) -> int:
         """Blocks of a sequence of so many tokens; every head has at least one."""
         return max(self.num_heads, math.ceil(self._held.value * self._uncompressed(num_tokens))) if num_tokens else 0
 
@@ -61,14 +77,16 @@ class Expectation:
         return max(0, at_end - self.blocks(request.num_read))
 
     def growth_of_sample(self, request: Request) -> int:
-        """The same for one more sample of its prompt, which shares all blocks of it but the last of every head."""
-        return self.growth(request) - self._own_prompt(request) + self.num_heads
+        """The same for one more sample of its prompt, which may share all blocks of it but the last of every head."""
+        shared = self._own_prompt(request) - self.num_heads if self._shares else 0
+        return self.growth(request) - shared
 
     def _own_prompt(self, request: Request) -> int:
         return self.blocks(len(request.prompt)) - self.blocks(request.num_read)
 
-    def _new_tokens(self, request: Request) -> float:
-        return max(len(request.output), self._written.value * request.sampling.max_new_tokens)
+    def _new_tokens(self, request: Request) -> int:
+        return max(len(request.output), math.ceil(self._written.value * request.sampling.max_new_tokens))
 
-    def _uncompressed(self, num_tokens: float) -> int:
-        return self.num_heads * math.ceil(num_tokens / self.block_size)
+    def _uncompressed(self, num_tokens: int) -> int:
+        num_entries = num_tokens if self._most_entries is None else self._most_entries(num_tokens)
+        return self.num_heads * math.ceil(num_entries / self.block_size)

@@ -5,7 +5,7 @@ Estimates are of what is expected: a cache at the ratio that its model was train
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,25 +91,29 @@ class ModelMemory:
         return self.config.num_parameters * self.dtype.itemsize
 
     @property
-    def cache_shape(self) -> CacheShape:
+    def shape(self) -> CacheShape:
         """Of a cache for this model."""
-        config = self.config
-        state = self.method.state(config.head_dim)
-        return CacheShape(config.num_layers, config.num_kv_heads, config.head_dim, self.dtype, state, self.block_size)
+        return CacheShape(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.dtype,
+            state=self.method.state(self.config.head_dim),
+            block_size=self.block_size,
+        )
 
     def blocks(self, num_entries: float) -> int:
         """Blocks of a text that leaves so many entries in every head."""
-        return self.config.num_layers * self.config.num_kv_heads * -int(-num_entries // self.block_size)
+        return self.shape.num_heads * math.ceil(num_entries / self.block_size)
 
-    def cache(self, lengths: Sequence[int], max_sequences: int) -> int:
-        """Bytes of the cache of texts of ``lengths`` tokens, the longest ``max_sequences`` of them at once."""
-        together = heapq.nlargest(max_sequences, lengths)
-        blocks = sum(self.blocks(self.method.expected_entries(length)) for length in together)
-        return blocks * self.cache_shape.block_bytes + self.state(max_sequences)
+    def cache(self, lengths: Sequence[int]) -> int:
+        """Bytes of the cache of texts of ``lengths`` tokens at once, at the ratio that is expected."""
+        return self.pool(sum(self.blocks(self.method.expected_entries(length)) for length in lengths), len(lengths))
 
-    def state(self, max_sequences: int) -> int:
-        """Bytes of the method's state of so many sequences."""
-        return max_sequences * self.config.num_layers * self.config.num_kv_heads * self.cache_shape.state_bytes
+    def pool(self, num_blocks: int, max_sequences: int) -> int:
+        """Bytes of so many blocks, and of the method's state of so many sequences."""
+        state = max_sequences * self.shape.num_heads * self.shape.state_bytes
+        return num_blocks * self.shape.block_bytes + state
 
     def workspace(self, num_tokens: int, num_logits: int) -> int:
         """Bytes of a pass over ``num_tokens`` tokens, ``num_logits`` of which are followed by a new one."""
@@ -119,30 +123,31 @@ class ModelMemory:
         wide = torch.float32.itemsize * (2 * config.hidden_size + TOKEN_COPIES * heads)
         return num_tokens * (projected + wide) + num_logits * config.vocab_size * LOGIT_BYTES
 
-    def pool(
-        self, workspace: int, lengths: Sequence[int], max_sequences: int, memory: DeviceMemory, fraction: float
-    ) -> int:
-        """Blocks of a cache of fixed size, not many more than the texts need without compression.
+    def num_blocks(self, workspace: int, lengths: Sequence[int], least: int, memory: DeviceMemory, share: float) -> int:
+        """The size of a pool: what the texts could need without compression, as far as there is memory.
 
         Args:
             workspace: see :meth:`workspace`.
-            lengths, max_sequences: see :meth:`cache`.
+            lengths: tokens of the texts that may be there at once.
+            least: tokens of one text that must fit, at the ratio that is expected.
             memory: of the device, before the weights are there.
-            fraction: share of the device that this process may fill, beside what others hold.
+            share: of the device, which may be filled; what others hold counts.
 
         Raises:
-            ValueError: the longest text does not fit.
+            ValueError: a share out of range, or no room for that one text.
         """
-        fixed = Need(self.weights, self.state(max_sequences), workspace)
-        left = int(fraction * memory.total) - (memory.total - memory.available) - fixed.total
-        blocks = max(0, left) // self.cache_shape.block_bytes
-        longest = self.blocks(self.method.expected_entries(max(lengths)))
-        if blocks < longest:
-            need = Need(fixed.weights, fixed.cache + longest * self.cache_shape.block_bytes, workspace)
+        if not 0 < share <= 1:
+            raise ValueError(f"--memory-fraction {share:g}: must be in (0, 1]")
+        fixed = Need(self.weights, self.pool(0, len(lengths)), workspace)
+        allowed = max(0, int(share * memory.total) - (memory.total - memory.available))
+        num_blocks = (allowed - fixed.total) // self.shape.block_bytes
+        smallest = self.blocks(self.method.expected_entries(least))
+        if num_blocks < smallest:
+            need = Need(fixed.weights, self.pool(smallest, len(lengths)), workspace)
             raise ValueError(
-                f"about {need} are needed for one text of {max(lengths):,} tokens, --memory-fraction {fraction:g} "
-                f"leaves {binary_bytes(max(0, left + fixed.total))} of the device: raise it, shorten the text, lower "
-                "--max-sequences or --prefill-chunk, or take --dtype bfloat16"
+                f"about {need} are needed for one text of {least:,} tokens, {binary_bytes(allowed)} may be used "
+                f"(--memory-fraction {share:g}): lower --max-new-tokens, --prefill-chunk or --max-sequences, take "
+                "--dtype bfloat16 or a smaller model"
             )
         beside = BLOCKS_BESIDE * self.block_size
-        return min(blocks, sum(self.blocks(length + beside) for length in heapq.nlargest(max_sequences, lengths)))
+        return min(num_blocks, sum(self.blocks(length + beside) for length in lengths))

@@ -12,6 +12,7 @@ from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.logprobs import TokenLogprob
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.inference.text_stream import TextStream
+from megatron_dmc.models.config import ModelConfig
 
 FinishReason = Literal["eod", "stop", "length", "aborted", "error"]
 
@@ -132,3 +133,26 @@ class Request:
     def fail(self, error: str) -> None:
         """End without a result."""
         self.finish_reason, self.error = "error", error
+
+
+def check_request(index: int, request: Request, config: ModelConfig) -> None:
+    """Refuse what a model cannot read; messages name the request by its ``index``.
+
+    Raises:
+        ValueError: an empty prompt, one that leaves no room for the text, or a token outside the vocabulary.
+    """
+    length = len(request.prompt)
+    if not length:
+        raise ValueError(f"prompt {index} is empty: give at least one token")
+    if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
+        outside = next(token for token in request.prompt if not 0 <= token < config.vocab_size)
+        raise ValueError(
+            f"prompt {index} holds token {outside}: the model's vocabulary is 0..{config.vocab_size - 1}; "
+            "give the tokenizer that the model was trained with"
+        )
+    limit = config.max_position_embeddings
+    if length + request.sampling.max_new_tokens > limit:
+        raise ValueError(
+            f"prompt {index} has {length} tokens and may grow by {request.sampling.max_new_tokens}: the model "
+            f"reads at most {limit}; shorten the prompt or lower max_new_tokens"
+        )

@@ -9,7 +9,7 @@ GROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Limit, use, and the line of ``memory.stat`` with what the kernel gives back, of control groups of versions 2 and 1."""
+"""Limit, use, and the line of ``memory.stat`` with what the kernel gives back: control groups of versions 2 and 1."""
 
 
 def available_memory(root: Path = Path("/")) -> int:

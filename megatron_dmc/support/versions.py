@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 REQUIRED = {
+    "jinja2": ">=3.1.6",  # its sandbox has known holes before
     "megatron-core[training]": ">=0.19.2,<0.21",
     "numpy": "",
     "psutil": "",  # megatron-core imports it in its checkpoint writer without declaring it

@@ -9,6 +9,8 @@ import pytest
 from megatron_dmc.cli import main
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data.sentencepiece_training import train_tokenizer
+from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.inference.memory_need import DeviceMemory
 from tests.inference.model_directory import TEXT, write_model
 
 
@@ -42,8 +44,13 @@ def test_json_from_a_file_of_prompts(model, tmp_path, capsys):
         assert result["finish_reason"] == "length"
     assert printed["cache"]["compression_ratio"] > 1.2
     assert printed["cache"]["bytes"] == sum(result["cache"]["bytes"] for result in printed["results"])
+    speed = printed.pop("speed")
+    assert speed["decode_tokens"] == 2 * 29
+    assert speed["decode_tokens_per_second"] > 0
     assert main([*arguments, *options]) == 0
-    assert json.loads(capsys.readouterr().out) == printed
+    again = json.loads(capsys.readouterr().out)
+    assert again.pop("speed").keys() == speed.keys()
+    assert again == printed
 
 
 @pytest.mark.parametrize(
@@ -58,12 +65,81 @@ def test_json_from_a_file_of_prompts(model, tmp_path, capsys):
         ({"--max-sequences": "0"}, "max_sequences=0: must be at least 1"),
         ({"--num-blocks": "3"}, "give the cache more blocks"),
         ({"--tokenizer": "nothing"}, "no tokenizer at nothing"),
+        ({"--n": "0"}, "n=0: must be at least 1"),
+        ({"--top-k": "-2"}, "top_k=-2: must be >= 0"),
+        ({"--min-p": "1.5"}, "min_p=1.5: must be in [0, 1]"),
+        ({"--repetition-penalty": "0"}, "repetition_penalty=0.0: must be > 0"),
+        ({"--stop": ""}, "must be strings that are not empty"),
+        ({"--logprobs": "-1"}, "logprobs=-1: must be >= 0"),
+        ({"--prefill-chunk": "0"}, "prefill_chunk=0: must be at least 1"),
+        ({"--memory-fraction": "0"}, "--memory-fraction 0: must be in (0, 1]"),
+        ({"--num-blocks": "99999999999"}, "lower --num-blocks"),
     ],
 )
 def test_mistakes_exit_with_1(model, changed, message, capsys):
     options = {"--model": str(model), "--prompt": "def", "--max-new-tokens": "20"} | changed
     assert main(["generate", *(word for option in options.items() for word in option)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_samples_with_log_probabilities(model, capsys):
+    options = ["--prompt", "def", "--prompt", "return x", "--n", "3", "--temperature", "1", "--seed", "4", "--json"]
+    options += ["--max-new-tokens", "6", "--ignore-eod", "--logprobs", "2", "--prompt-logprobs"]
+    assert main(["generate", "--model", str(model), *options]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    results = printed["results"]
+    assert [(one["prompt"], one["seed"]) for one in results] == [
+        (prompt, seed) for seed, prompt in enumerate(["def"] * 3 + ["return x"] * 3, start=4)
+    ]
+    assert len({tuple(one["tokens"]) for one in results[:3]}) == 3
+    for one in results:
+        assert [stated["token"] for stated in one["logprobs"]] == one["tokens"]
+        assert all(len(stated["top"]) == 2 for stated in one["logprobs"])
+        assert one["prompt_logprobs"] == results[0 if one["prompt"] == "def" else 3]["prompt_logprobs"]
+    assert len(results[3]["prompt_logprobs"]) > 1
+    assert printed["speed"]["prefill_tokens"] < 3 * (2 + sum(len(one["prompt_logprobs"]) for one in results[::3]))
+
+
+def test_a_stop_string_and_every_setting_at_once(model, capsys):
+    arguments = ["generate", "--model", str(model), "--prompt", "def", "--ignore-eod", "--json"]
+    arguments += ["--max-new-tokens", "20", "--prefill-chunk", "1"]
+    arguments += ["--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01"]
+    arguments += ["--repetition-penalty", "1.1"]
+    assert main(arguments) == 0
+    text = json.loads(capsys.readouterr().out)["results"][0]["text"]
+    assert main([*arguments, "--stop", "never", "--stop", text[5:8]]) == 0
+    stopped = json.loads(capsys.readouterr().out)["results"][0]
+    assert stopped["text"] == text[: text.index(text[5:8])]
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_one_prompt_is_streamed_to_a_terminal_as_it_is_printed_to_a_file(model, capsys, monkeypatch):
+    arguments = ["generate", "--model", str(model), "--prompt", "def", "--ignore-eod", "--max-new-tokens", "10"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "tokens/s; decode: " in printed.err
+    pieces = []
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.write", pieces.append, raising=False)
+    assert main(arguments) == 0
+    monkeypatch.undo()
+    assert "".join(pieces) == printed.out
+    assert len(pieces) > 10
+
+
+@pytest.mark.parametrize("command", ["generate --prompt def", "chat", "evaluate --text text.txt"])
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(model, command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    monkeypatch.setattr(DeviceMemory, "of", lambda device: DeviceMemory(100_000, 1 << 30))
+    monkeypatch.setattr(Decoder, "_load", None)
+    options = {"generate": ["--max-new-tokens", "9"], "chat": ["--chat-template", "template.jinja"], "evaluate": []}
+    words = command.split()
+    assert main([*words, "--model", str(model), *options[words[0]]]) == 1
+    said = capsys.readouterr().err
+    assert "of weights" in said
+    assert "lower --" in said
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(model, tmp_path, capsys):

@@ -55,7 +55,9 @@ def test_two_ranks_print_what_one_process_prints(model, options, capsys):
     expected = json.loads(capsys.readouterr().out)
     finished = torchrun(2, "-m", "megatron_dmc", *command)
     assert finished.returncode == 0, finished.stderr
-    assert json.loads(finished.stdout) == expected
+    found = json.loads(finished.stdout)
+    assert found.pop("speed").keys() == expected.pop("speed").keys()
+    assert found == expected
     assert finished.stderr.count("a prompt begins with") == 1
 
 

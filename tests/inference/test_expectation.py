@@ -43,8 +43,18 @@ def test_the_latest_count_most():
     assert expectation.blocks(1000) == 1000
 
 
+def test_what_cannot_be_read_again_is_expected_by_the_most_that_it_keeps():
+    expectation = Expectation(num_heads=6, block_size=4, most_entries=lambda count: min(count, 16), learns=False)
+    for _ in range(10):
+        expectation.observe_held(6, num_tokens=80)
+        expectation.observe_written(request(10, max_new_tokens=100, num_written=1))
+    assert expectation.blocks(80) == expectation.growth(request(10, max_new_tokens=100)) == 6 * 4
+    assert expectation.blocks(9) == 6 * 3
+
+
 def test_more_samples_share_the_prompt_but_its_last_blocks():
     expectation = Expectation(num_heads=6, block_size=4)
     sample = request(40, max_new_tokens=8)
     assert expectation.growth(sample) == 6 * 12
     assert expectation.growth_of_sample(sample) == 6 * (12 - 10 + 1)
+    assert Expectation(num_heads=6, block_size=4, shares=False).growth_of_sample(sample) == 6 * 12

@@ -146,9 +146,7 @@ def test_a_group_takes_the_rows_of_all_its_samples():
     assert scheduler.next(num_free_rows=4, num_free_blocks=MANY).requests == [first]
     scheduler = scheduler_of()
     scheduler.add(requests(3)[0].samples(9))
-    assert len(scheduler.next(num_free_rows=4, num_free_blocks=MANY).requests) == 1, (
-        "more samples than rows: some read later"
-    )
+    assert len(scheduler.next(num_free_rows=4, num_free_blocks=MANY).requests) == 1, "more than rows: some read later"
 
 
 def test_random_traces_end_every_request():

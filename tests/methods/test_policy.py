@@ -79,8 +79,11 @@ def test_the_engine_bounds_its_cache_and_frees_it(policy):
 def test_a_full_cache_fails_what_cannot_be_read_again_alike(policy):
     """Its decisions depend on what was decoded: a request that lost its memory could not get the same one back."""
     engine = Engine(Decoder(RandomSource(tiny_llama()), method=policy), block_size=4, num_blocks=22, max_sequences=2)
-    requests = engine.generate([[1] * 6, [2] * 6], SamplingParams(max_new_tokens=20))
-    assert [request.finish_reason for request in requests] == ["length", "error"]
+    prompts, sampling = [[1] * 6, [2] * 6], SamplingParams(max_new_tokens=20)
+    assert [one.finish_reason for one in engine.generate(prompts, sampling)] == ["length"] * 2, "one after the other"
+    engine.expectation.growth = lambda request: 0
+    engine.expectation.num_heads = 0
+    assert [one.finish_reason for one in engine.generate(prompts, sampling)] == ["length", "error"]
 
 
 def test_evaluation_measures_it_by_decoding(policy):

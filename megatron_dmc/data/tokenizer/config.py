@@ -43,17 +43,26 @@ class TokenizerConfig:
     Attributes:
         added: tokens with stated ids, by id.
         special: texts of all special tokens, with stated ids or without.
-        bos_token, eos_token: begin and end of a text.
+        named: texts of those that have a name (``bos_token``), by it.
         adds_bos: whether a prompt begins with ``bos_token``; None: not said. A tokenizer.json has its own template.
         legacy: sentencepiece puts a space before every piece of text between special tokens, not only before the first.
     """
 
     added: tuple[AddedToken, ...]
     special: frozenset[str]
-    bos_token: str | None
-    eos_token: str | None
+    named: Mapping[str, str]
     adds_bos: bool | None
     legacy: bool
+
+    @property
+    def bos_token(self) -> str | None:
+        """Begins a text."""
+        return self.named.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """Ends a text."""
+        return self.named.get("eos_token")
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
@@ -77,8 +86,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     return TokenizerConfig(
         added=tuple(sorted(added.values(), key=lambda token: token.number)),
         special=special,
-        bos_token=_content(settings.get("bos_token")),
-        eos_token=_content(settings.get("eos_token")),
+        named={name: content for name in _NAMED if (content := _content(settings.get(name))) is not None},
         adds_bos=adds_bos if isinstance(adds_bos := settings.get("add_bos_token"), bool) else None,
         legacy=settings.get("legacy") is True,
     )

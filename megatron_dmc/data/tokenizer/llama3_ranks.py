@@ -90,7 +90,8 @@ def _llama3_config(path: Path, num_ranks: int) -> TokenizerConfig:
             names[place] = f"<|reserved_special_token_{reserved}|>"
             reserved += 1
     added = tuple(AddedToken(names[place], NUM_RANKS + place) for place in range(NUM_SPECIAL_TOKENS))
-    return TokenizerConfig(added, frozenset(names.values()), names[0], names[1], adds_bos=None, legacy=False)
+    named = {"bos_token": names[0], "eos_token": names[1]}
+    return TokenizerConfig(added, frozenset(names.values()), named, adds_bos=None, legacy=False)
 
 
 def _backend(path: Path, ranks: dict[bytes, int]) -> tokenizers.Tokenizer:

@@ -95,7 +95,7 @@ class TensorParallel:
 
     def most(self, number: int) -> int:
         """The largest of the ranks' numbers."""
-        return number if self.size == 1 else self._most([number])[0]
+        return self._most([number])[0]
 
     def all_objects(self, x: Any) -> list[Any]:
         """What every rank gives, in their order: small objects of our own."""
@@ -114,11 +114,8 @@ class TensorParallel:
             yield
         except kind as raised:
             error = raised
-        if self.size == 1:
-            failed = error is not None
-        else:
-            failed, largest, negated_smallest = self._most([error is not None, same, -same])
-            assert largest == -negated_smallest, f"ranks have diverged: {same} here, {-negated_smallest} to {largest}"
+        failed, largest, negated_smallest = self._most([int(error is not None), same, -same])
+        assert largest == -negated_smallest, f"ranks have diverged: {same} here, {-negated_smallest} to {largest}"
         if failed:
             messages = self.all_objects(str(error or ""))
             raise error or kind(next(filter(None, messages)))
@@ -127,7 +124,7 @@ class TensorParallel:
         return x if self.size == 1 else self.sum(x.clone()) / self.size
 
     def _most(self, numbers: list[int]) -> list[int]:
-        return self._reduce(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
+        return numbers if self.size == 1 else self._reduce(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
         with _lost_ranks():
