@@ -54,7 +54,7 @@ class H2O(EvictingPolicy):
     def observe(self, tokens: Tokens, update: Update, caches: HeadCaches) -> State:
         """Add the weights of this step, then choose among the entries that are not recent."""
         q_BND = self.rotated_queries(tokens)
-        weights_BGRE = decode_weights(q_BND, caches.k_blocks, caches.block_table_BGM, caches.length_BG)
+        weights_BGRE = decode_weights(q_BND, caches.kv, caches.block_table_BGM, caches.length_BG)
         weight_BGE = weights_BGRE.sum(dim=2)
         score_BGE = update.state[SCORE].clone()
         score_BGE[..., : weight_BGE.shape[-1]] += weight_BGE

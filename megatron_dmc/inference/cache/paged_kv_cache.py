@@ -21,6 +21,7 @@ from megatron_dmc.inference.cache.allocator import Allocator, OutOfBlocks
 from megatron_dmc.methods.base import HeadCaches, Keep, Slot, State, Update
 from megatron_dmc.methods.step import Step
 from megatron_dmc.ops.paged_attention import entry_slots
+from megatron_dmc.ops.paged_kv import PagedKV
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -172,7 +173,7 @@ class PagedKVCache:
             length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
             self._release(slice(layer, layer + 1), step.rows_B, self._num_blocks(length_BG).unsqueeze(0))
         self.cache_seqlens[layer, step.rows_B] = length_BG
-        return HeadCaches(self.k_blocks, self.v_blocks, table_BGM, before_BG, length_BG)
+        return HeadCaches(PagedKV(self.k_blocks, self.v_blocks), table_BGM, before_BG, length_BG)
 
     def set_state(self, layer: int, step: Step, state: State) -> None:
         """Keep the method's state of the head caches of one layer."""
