@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.paged_attention import read_keys
+from megatron_dmc.ops.paged_attention.dispatch import kernels_for
 from megatron_dmc.ops.paged_kv import PagedKV
 
 BLOCK = 128
@@ -21,8 +22,14 @@ BLOCK = 128
 def decode_weights(q_BND: Tensor, kv: PagedKV, block_table_BGM: Tensor, cache_seqlens_BG: Tensor) -> Tensor:
     """Weights of one query per sequence over its cache, float32 [B, G, R, E]; 0 beyond the length of a head.
 
-    Arguments as in :func:`megatron_dmc.ops.paged_attention.paged_attention`.
+    Arguments as in :func:`megatron_dmc.ops.paged_attention.paged_attention`. E is the longest cache or more.
     """
+    split_attention = kernels_for(q_BND.device.type, q_BND.dtype)
+    if split_attention is not None:
+        weights_BGRE: Tensor = split_attention.attend(q_BND, kv, block_table_BGM, cache_seqlens_BG, keep_weights=True)[
+            2
+        ]
+        return weights_BGRE
     entry_E = torch.arange(int(cache_seqlens_BG.max()), device=q_BND.device)
     filled_BGE = entry_E < cache_seqlens_BG.unsqueeze(-1)
     k_BGED = read_keys(kv, block_table_BGM, torch.where(filled_BGE, entry_E, 0), q_BND.dtype).float()

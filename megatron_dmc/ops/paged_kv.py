@@ -21,7 +21,7 @@ class PagedKV(NamedTuple):
     """[blocks, P, D] pool of all sequences and layers, in the model's dtype, int8 or float8_e4m3fn."""
     v_blocks: Tensor
     k_scale: Tensor | None = None
-    """float32 [blocks, P]: what the stored numbers of an entry are multiplied by; None where blocks are not in 8 bits."""
+    """float32 [blocks, P]: what an entry is multiplied by; None where blocks are not in 8 bits."""
     v_scale: Tensor | None = None
     k_open: Tensor | None = None
     """[B, G, D] open entry of each head in the model's dtype; None where entries are closed as soon as they come."""

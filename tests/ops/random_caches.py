@@ -66,9 +66,7 @@ def _unwritten(
 ) -> PagedKV:
     stored = find_kv_format(kv_dtype).dtype
     unwritten = 127 if stored == torch.int8 else torch.nan
-    k_blocks, v_blocks = (
-        torch.full((total, block_size, head_dim), unwritten, dtype=stored or dtype) for _ in range(2)
-    )
+    k_blocks, v_blocks = (torch.full((total, block_size, head_dim), unwritten, dtype=stored or dtype) for _ in range(2))
     if stored is None:
         return PagedKV(k_blocks, v_blocks)
     k_scale, v_scale = (torch.full((total, block_size), torch.nan) for _ in range(2))

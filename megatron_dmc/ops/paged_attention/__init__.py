@@ -1,7 +1,7 @@
 """Attention over a paged cache whose block tables differ per KV head.
 
-``reference`` is the plain form, ``gather`` the form in torch operations for any device, ``kernels`` split attention in
-Triton on chunks of a ``work_list``; ``dispatch`` chooses.
+``reference`` is the plain form, ``gather`` that in torch operations for any device, ``split_attention`` that of GPUs:
+Triton ``kernels`` on the chunks of a ``work_list``. ``dispatch`` chooses.
 """
 
 from megatron_dmc.ops.paged_attention.dispatch import paged_attention

@@ -43,9 +43,9 @@ def paged_attention(
     Returns:
         [B, N, D] in the dtype of ``q_BND``.
     """
-    kernels = kernels_for(q_BND.device.type, q_BND.dtype)
-    if kernels is not None:
-        output_BND: Tensor = kernels.attend(
+    split_attention = kernels_for(q_BND.device.type, q_BND.dtype)
+    if split_attention is not None:
+        output_BND: Tensor = split_attention.attend(
             q_BND, kv, block_table_BGM, cache_seqlens_BG, rows_B=rows_B, work=work
         )[0]
         return output_BND
@@ -62,7 +62,7 @@ def kernels_for(device_type: str, dtype: torch.dtype) -> ModuleType | None:
         level = logging.WARNING if device_type == "cuda" else logging.INFO
         logger.log(level, "attention over the cache: torch operations, not Triton kernels, because %s", reason)
         return None
-    from megatron_dmc.ops.paged_attention import kernels
+    from megatron_dmc.ops.paged_attention import split_attention
 
     logger.info("attention over the cache: Triton kernels")
-    return kernels
+    return split_attention

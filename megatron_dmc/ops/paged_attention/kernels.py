@@ -17,43 +17,12 @@ Scores are kept in units of log 2. Shapes: R query heads per KV head (padded), E
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from megatron_dmc.ops.paged_attention.work_list import WorkList, lengths_of_rows, work_list
-from megatron_dmc.ops.paged_kv import PagedKV
-
-REDUCE_CHUNKS = 16
-"""Chunks that are added at a time."""
-MIN_ROWS = 16
-"""Rows that tl.dot takes at least."""
-LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 NO_SCORE = tl.constexpr(-1e30)
 """Below every score, and unlike -inf subtracted from itself without harm."""
-
-
-class Tuning(NamedTuple):
-    """Sizes that change speed, never results beyond rounding."""
-
-    block_e: int
-    """Entries of a tile, a power of two."""
-    num_stages: int
-    """Tiles that are loaded ahead, and the one at hand."""
-    num_warps: int
-    programs: int
-    """Persistent programs for each multiprocessor."""
-
-
-def tuning(group: int, itemsize: int) -> Tuning:
-    """For so many query heads per KV head and bytes per stored number; by reading the machine code, not by timing."""
-    if group == 1:
-        return Tuning(32, 3, 4, 4)
-    return Tuning(64 if itemsize < 4 else 32, 3, 4, 2)
 
 
 @triton.jit
@@ -101,14 +70,14 @@ def _with_vectors(
     P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
 ):
     """Maximum [1], sum [1] and weighted values [1, BLOCK_D] of one scaled query [1, BLOCK_D] over a chunk."""
     # Each row of a tile has a softmax of its own: nothing crosses threads in the loop but the channels of a score.
     row_max = tl.full((BLOCK_E,), NO_SCORE, tl.float32)
     row_sum = tl.zeros((BLOCK_E,), tl.float32)
     row_acc = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for tile in tl.range(first, last, BLOCK_E, num_stages=NUM_STAGES):
+    # Not pipelined by the compiler: through shared memory a row would be spread over all warps.
+    for tile in tl.range(first, last, BLOCK_E, num_stages=1):
         entry = tile + tl.arange(0, BLOCK_E)
         inside = (entry < last) & (entry != open_entry)
         slot = tl.load(table + entry // P, mask=inside, other=0).to(tl.int64) * P + entry % P
@@ -119,7 +88,8 @@ def _with_vectors(
             score *= tl.load(k_scale_ptr + slot, mask=inside, other=0.0)
         if scores is not None:
             _keep_scores(scores, score[None, :], entry, inside, max_entries, 1, 1)
-        new_max = tl.where(inside, tl.maximum(row_max, score), row_max)
+        score = tl.where(inside, score, NO_SCORE)
+        new_max = tl.maximum(row_max, score)
         kept = tl.exp2(row_max - new_max)
         weight = tl.where(inside, tl.exp2(score - new_max), 0.0)
         row_sum = row_sum * kept + weight
@@ -163,9 +133,11 @@ def _with_products(
         entry = tile + tl.arange(0, BLOCK_E)
         inside = (entry < last) & (entry != open_entry)
         slot = tl.load(table + entry // P, mask=inside, other=0).to(tl.int64) * P + entry % P
-        # Numbers in 8 bits are exact in 16.
-        k = _load_rows(k_ptr, slot, inside, D, BLOCK_D).to(q.dtype)
-        v = _load_rows(v_ptr, slot, inside, D, BLOCK_D).to(q.dtype)
+        k = _load_rows(k_ptr, slot, inside, D, BLOCK_D)
+        v = _load_rows(v_ptr, slot, inside, D, BLOCK_D)
+        if k_scale_ptr is not None:
+            # Numbers of 8 bits are exact in 16.
+            k, v = k.to(tl.float32).to(q.dtype), v.to(tl.float32).to(q.dtype)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
         if k_scale_ptr is not None:
             score *= tl.load(k_scale_ptr + slot, mask=inside, other=0.0)[None, :]
@@ -184,7 +156,41 @@ def _with_products(
 
 
 @triton.jit
-def _chunk_kernel(
+def _with_open_entry(
+    q,
+    maximum,
+    total,
+    acc,
+    k_ptr,
+    v_ptr,
+    scores,
+    first,
+    last,
+    open_entry,
+    max_entries,
+    score_scale,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The same, with the entry that lies beside the blocks added if its place is in the chunk."""
+    channel = tl.arange(0, BLOCK_D)
+    entry = open_entry + tl.arange(0, 1)
+    inside = (entry >= first) & (entry < last)
+    k = tl.load(k_ptr + channel, mask=inside & (channel < D), other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + channel, mask=inside & (channel < D), other=0.0).to(tl.float32)
+    score = tl.sum(q.to(tl.float32) * k[None, :], 1) * score_scale
+    if scores is not None:
+        _keep_scores(scores, score[:, None], entry, inside, max_entries, R, BLOCK_R)
+    score = tl.where(inside, score, NO_SCORE)
+    new_max = tl.maximum(maximum, score)
+    kept, weight = tl.exp2(maximum - new_max), tl.where(inside, tl.exp2(score - new_max), 0.0)
+    return new_max, total * kept + weight, acc * kept[:, None] + weight[:, None] * v[None, :]
+
+
+@triton.jit
+def chunk_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -258,7 +264,6 @@ def _chunk_kernel(
                     P,
                     BLOCK_D,
                     BLOCK_E,
-                    NUM_STAGES,
                 )
             else:
                 maximum, total, acc = _with_products(
@@ -283,26 +288,32 @@ def _chunk_kernel(
                     NUM_STAGES,
                 )
             if open_entry_ptr is not None:
-                if (open_entry >= first) & (open_entry < last):
-                    k = tl.load(k_open_ptr + cache * D + channel, mask=channel < D, other=0.0).to(tl.float32)
-                    v = tl.load(v_open_ptr + cache * D + channel, mask=channel < D, other=0.0).to(tl.float32)
-                    score = tl.sum(q.to(tl.float32) * k[None, :], 1) * score_scale
-                    if scores is not None:
-                        entry = open_entry + tl.arange(0, 1)
-                        _keep_scores(scores, score[:, None], entry, entry < last, max_entries, R, BLOCK_R)
-                    new_max = tl.maximum(maximum, score)
-                    kept, weight = tl.exp2(maximum - new_max), tl.exp2(score - new_max)
-                    total = total * kept + weight
-                    acc = acc * kept[:, None] + weight[:, None] * v[None, :]
-                    maximum = new_max
-            partial = item.to(tl.int64) * R + query
+                maximum, total, acc = _with_open_entry(
+                    q,
+                    maximum,
+                    total,
+                    acc,
+                    k_open_ptr + cache * D,
+                    v_open_ptr + cache * D,
+                    scores,
+                    first,
+                    last,
+                    open_entry,
+                    max_entries,
+                    score_scale,
+                    R,
+                    D,
+                    BLOCK_R,
+                    BLOCK_D,
+                )
+            partial = item * R + query.to(tl.int64)
             tl.store(max_ptr + partial, maximum, mask=query < R)
             tl.store(sum_ptr + partial, total, mask=query < R)
             tl.store(acc_ptr + partial[:, None] * D + channel[None, :], acc, mask=query_mask)
 
 
 @triton.jit
-def _reduce_kernel(
+def reduce_kernel(
     max_ptr,
     sum_ptr,
     acc_ptr,
@@ -347,98 +358,3 @@ def _reduce_kernel(
     out = head * R + query  # the query heads of a KV head are neighbours
     tl.store(output_ptr + out * D + channel, acc / total, mask=channel < D)
     tl.store(lse_ptr + out, tl.where(found, (maximum + tl.log2(total)) * LN_2, float("-inf")))
-
-
-def attend(
-    q_BND: Tensor,
-    kv: PagedKV,
-    block_table_BGM: Tensor,
-    cache_seqlens_BG: Tensor,
-    *,
-    rows_B: Tensor | None = None,
-    work: WorkList | None = None,
-    keep_weights: bool = False,
-    sizes: Tuning | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Arguments as in :func:`megatron_dmc.ops.paged_attention.paged_attention`; head caches may be empty.
-
-    Returns:
-        Output [B, N, D] in the dtype of the queries, log-sum-exp of the scores, float32 [B, N], and with
-        ``keep_weights`` the weights, float32 [B, G, R, M P]. An empty head cache gives zeros, and -inf.
-    """
-    num_kv_heads, table_width = block_table_BGM.shape[1:]
-    head_dim, block_size = kv.head_dim, kv.block_size
-    group = q_BND.shape[1] // num_kv_heads
-    length_BG = cache_seqlens_BG if rows_B is None else lengths_of_rows(cache_seqlens_BG, rows_B)
-    work = work or work_list(length_BG)
-    assert work.chunk_size % block_size == 0, f"chunks of {work.chunk_size} entries, blocks of {block_size}"
-    sizes = sizes or tuning(group, kv.k_blocks.itemsize)
-    max_items = work.max_chunks(table_width * block_size)
-    partial_max, partial_sum = _empty(q_BND, 2, max_items, group)
-    partial_acc = _empty(q_BND, max_items, group, head_dim)
-    scores = _empty(q_BND, *length_BG.shape, group, table_width * block_size) if keep_weights else None
-    output_BND, lse_BN = torch.empty_like(q_BND, memory_format=torch.contiguous_format), _empty(q_BND, *q_BND.shape[:2])
-    assert q_BND.stride(-1) == 1
-    with torch.cuda.device_of(q_BND):
-        _chunk_kernel[(min(max_items, sizes.programs * _num_processors(q_BND.device)),)](
-            q_BND,
-            *kv,
-            block_table_BGM,
-            cache_seqlens_BG,
-            rows_B,
-            work.order_H,
-            work.start_H,
-            partial_max,
-            partial_sum,
-            partial_acc,
-            scores,
-            *q_BND.stride()[:2],
-            len(work.order_H),
-            num_kv_heads,
-            table_width,
-            LOG2_E * head_dim**-0.5,
-            R=group,
-            D=head_dim,
-            P=block_size,
-            CHUNK=work.chunk_size,
-            BLOCK_R=1 if group == 1 else max(MIN_ROWS, triton.next_power_of_2(group)),
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_E=sizes.block_e,
-            NUM_STAGES=sizes.num_stages,
-            num_warps=sizes.num_warps,
-        )
-        _reduce_kernel[(len(work.order_H), group)](
-            partial_max,
-            partial_sum,
-            partial_acc,
-            output_BND,
-            lse_BN,
-            cache_seqlens_BG,
-            rows_B,
-            work.order_H,
-            work.start_H,
-            num_kv_heads,
-            R=group,
-            D=head_dim,
-            CHUNK=work.chunk_size,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_C=REDUCE_CHUNKS,
-        )
-    if scores is None:
-        return output_BND, lse_BN, None
-    return output_BND, lse_BN, _weights(scores, lse_BN, length_BG)
-
-
-def _weights(scores_BGRE: Tensor, lse_BN: Tensor, length_BG: Tensor) -> Tensor:
-    """float32 [B, G, R, E], 0 beyond the length of a head, where no score was stored."""
-    filled_BGE = torch.arange(scores_BGRE.shape[-1], device=scores_BGRE.device) < length_BG.unsqueeze(-1)
-    weights_BGRE = torch.exp2(scores_BGRE - LOG2_E * lse_BN.view(*scores_BGRE.shape[:3], 1))
-    return torch.where(filled_BGE.unsqueeze(2), weights_BGRE, 0.0)
-
-
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
