@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.attention_weights import decode_weights
-from megatron_dmc.ops.paged_attention import dispatch, paged_attention, reference, split_attention, work_list
-from tests.ops.interpreter import multiply_bfloat16
+from megatron_dmc.ops.paged_attention import paged_attention, reference, split_attention, work_list
+from tests.ops.interpreter import choose_kernels
 from tests.ops.random_caches import random_cache
 from tests.tolerances import OUTPUT, output_error
 
@@ -26,10 +26,7 @@ LENGTHS = [[0, 1], [65, 130], [7, 0]]
 
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose the kernels although the tensors are on a CPU."""
-    multiply_bfloat16(monkeypatch)
-    monkeypatch.setattr(dispatch, "reason_without", lambda device_type, dtype: None)
-    dispatch.kernels_for.cache_clear()
+    choose_kernels(monkeypatch)
 
 
 def queries(cache: tuple, group: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,9 +8,9 @@ import logging
 import pytest
 import torch
 
+from megatron_dmc.ops import triton_kernels
 from megatron_dmc.ops.attention_weights import decode_weights
 from megatron_dmc.ops.paged_attention import (
-    dispatch,
     paged_attention,
     paged_attention_to_chunks,
     reference,
@@ -91,8 +91,8 @@ def test_work_list_has_every_chunk_once_and_the_longest_first():
 
 
 def test_the_choice_is_logged_once_with_its_reason(caplog):
-    dispatch.kernels_for.cache_clear()
-    caplog.set_level(logging.INFO, logger=dispatch.__name__)
+    triton_kernels.load.cache_clear()
+    caplog.set_level(logging.INFO, logger=triton_kernels.__name__)
     cache = random_cache([[3]], 16, 8)
     for _ in range(2):
         paged_attention(queries(1, 1, 16), *cache)

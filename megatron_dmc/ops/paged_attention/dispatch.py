@@ -5,8 +5,6 @@ Legend: B sequences, N query heads, G KV heads, R = N / G, D head dim, P entries
 
 from __future__ import annotations
 
-import functools
-import logging
 from types import ModuleType
 
 import torch
@@ -15,9 +13,7 @@ from torch import Tensor
 from megatron_dmc.ops.paged_attention import gather
 from megatron_dmc.ops.paged_attention.work_list import WorkList
 from megatron_dmc.ops.paged_kv import PagedKV
-from megatron_dmc.ops.triton_kernels import reason_without
-
-logger = logging.getLogger(__name__)
+from megatron_dmc.ops.triton_kernels import load
 
 
 def paged_attention(
@@ -54,15 +50,6 @@ def paged_attention(
     return gather.paged_attention(q_BND, kv, block_table_BGM, cache_seqlens_BG)
 
 
-@functools.cache
 def kernels_for(device_type: str, dtype: torch.dtype) -> ModuleType | None:
-    """The Triton kernels where they run, None where torch operations do; says which and why, once."""
-    reason = reason_without(device_type, dtype)
-    if reason is not None:
-        level = logging.WARNING if device_type == "cuda" else logging.INFO
-        logger.log(level, "attention over the cache: torch operations, not Triton kernels, because %s", reason)
-        return None
-    from megatron_dmc.ops.paged_attention import split_attention
-
-    logger.info("attention over the cache: Triton kernels")
-    return split_attention
+    """The form for GPUs where it runs, None where torch operations do."""
+    return load("attention over the cache", "megatron_dmc.ops.paged_attention.split_attention", device_type, dtype)
