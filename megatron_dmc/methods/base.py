@@ -27,6 +27,7 @@ from megatron_dmc.ops.masked_attention.merged import attend as attend_pieces
 from megatron_dmc.ops.masked_attention.merged import merge
 from megatron_dmc.ops.masked_attention.piecewise import plan_attention
 from megatron_dmc.ops.paged_attention import paged_attention, paged_attention_to_chunks
+from megatron_dmc.ops.paged_kv import PagedKV
 from megatron_dmc.ops.rope import rotate
 
 State = Mapping[str, Tensor]
@@ -64,8 +65,7 @@ class Update(NamedTuple):
 class HeadCaches(NamedTuple):
     """The head caches of a step's sequences in one layer."""
 
-    k_blocks: Tensor
-    v_blocks: Tensor
+    kv: PagedKV
     block_table_BGM: Tensor
     before_BG: Tensor
     """int32 entries before the update."""
@@ -116,14 +116,13 @@ class Method(ABC):
         """Attention output [T, N, D] of the new tokens, each over the cache as it was at its position."""
         q_TND = self.rotated_queries(tokens)
         if tokens.step.decodes:
-            return paged_attention(q_TND, caches.k_blocks, caches.v_blocks, caches.block_table_BGM, caches.length_BG)
+            return paged_attention(q_TND, caches.kv, caches.block_table_BGM, caches.length_BG)
         out_NTD, lse_NT = self.attend_own(tokens, update)
         if tokens.step.continues:
             cached = paged_attention_to_chunks(
                 q_TND,
                 tokens.step.counts,
-                caches.k_blocks,
-                caches.v_blocks,
+                caches.kv,
                 caches.block_table_BGM,
                 self.visible_before(update, caches, tokens.step),
             )

@@ -54,9 +54,9 @@ class H2O(EvictingPolicy):
     def observe(self, tokens: Tokens, update: Update, caches: HeadCaches) -> State:
         """Add the weights of this step, then choose among the entries that are not recent."""
         q_BND = self.rotated_queries(tokens)
-        weights_BGRE = decode_weights(q_BND, caches.k_blocks, caches.block_table_BGM, caches.length_BG)
-        weight_BGE = weights_BGRE.sum(dim=2)
+        weights_BGRE = decode_weights(q_BND, caches.kv, caches.block_table_BGM, caches.length_BG)
         score_BGE = update.state[SCORE].clone()
+        weight_BGE = weights_BGRE.sum(dim=2)[..., : score_BGE.shape[-1]]
         score_BGE[..., : weight_BGE.shape[-1]] += weight_BGE
         oldest_recent_B11 = tokens.step.position_T.view(-1, 1, 1) - self.num_recent + 1
         place_E = torch.arange(self.budget + 1, device=score_BGE.device)

@@ -27,7 +27,7 @@ class TOVA(EvictingPolicy):
     def observe(self, tokens: Tokens, update: Update, caches: HeadCaches) -> State:
         """The victim of the next step: the same place in every head."""
         q_BND = self.rotated_queries(tokens)
-        weights_BGRE = decode_weights(q_BND, caches.k_blocks, caches.block_table_BGM, caches.length_BG)
+        weights_BGRE = decode_weights(q_BND, caches.kv, caches.block_table_BGM, caches.length_BG)
         mean_BE = tokens.step.ranks.mean_over_heads(weights_BGRE.mean(dim=(1, 2)))
         filled_BE = torch.arange(mean_BE.shape[-1], device=mean_BE.device) < caches.length_BG[:, :1]
         victim_B = mean_BE.masked_fill(~filled_BE, torch.inf).argmin(dim=-1)

@@ -9,24 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dmc.ops.paged_attention import entry_slots
+from megatron_dmc.ops.paged_attention import read_keys
+from megatron_dmc.ops.paged_attention.dispatch import kernels_for
+from megatron_dmc.ops.paged_kv import PagedKV
 
 BLOCK = 128
 """Queries whose weights exist at one time."""
 
 
-def decode_weights(q_BND: Tensor, k_blocks: Tensor, block_table_BGM: Tensor, cache_seqlens_BG: Tensor) -> Tensor:
+def decode_weights(q_BND: Tensor, kv: PagedKV, block_table_BGM: Tensor, cache_seqlens_BG: Tensor) -> Tensor:
     """Weights of one query per sequence over its cache, float32 [B, G, R, E]; 0 beyond the length of a head.
 
-    Arguments as in :func:`megatron_dmc.ops.paged_attention.paged_attention`.
+    Arguments as in :func:`megatron_dmc.ops.paged_attention.paged_attention`. E is the longest cache or more.
     """
+    split_attention = kernels_for(q_BND.device.type, q_BND.dtype)
+    if split_attention is not None:
+        weights_BGRE: Tensor = split_attention.attend(q_BND, kv, block_table_BGM, cache_seqlens_BG, keep_weights=True)[
+            2
+        ]
+        return weights_BGRE
     entry_E = torch.arange(int(cache_seqlens_BG.max()), device=q_BND.device)
     filled_BGE = entry_E < cache_seqlens_BG.unsqueeze(-1)
-    slot_BGE = entry_slots(block_table_BGM, torch.where(filled_BGE, entry_E, 0), k_blocks.shape[1])
-    k_BGED = F.embedding(slot_BGE, k_blocks.flatten(0, 1)).float()
+    k_BGED = read_keys(kv, block_table_BGM, torch.where(filled_BGE, entry_E, 0), q_BND.dtype).float()
     q_BGRD = q_BND.unflatten(1, (cache_seqlens_BG.shape[1], -1)).float()
     scores = torch.einsum("bgrd,bged->bgre", q_BGRD, k_BGED) * q_BND.shape[-1] ** -0.5
     return scores.masked_fill(~filled_BGE.unsqueeze(2), -torch.inf).softmax(-1)

@@ -27,6 +27,7 @@ from megatron_dmc.inference.cache.memory import available_bytes, zeros
 from megatron_dmc.methods.base import HeadCaches, Keep, Slot, State, Update
 from megatron_dmc.methods.step import Step
 from megatron_dmc.ops.paged_attention import entry_slots
+from megatron_dmc.ops.paged_kv import PagedKV
 
 DEFAULT_BLOCK_SIZE = 32
 
@@ -250,7 +251,7 @@ class PagedKVCache:
             slots = block * self.shape.block_size + entry % self.shape.block_size
             self._store(slots, update.k_TGD[token, head], update.v_TGD[token, head])
         self.cache_seqlens[layer, step.rows_B] = length_BG
-        return HeadCaches(self.k_blocks, self.v_blocks, table_BGM, before_BG, length_BG)
+        return HeadCaches(PagedKV(self.k_blocks, self.v_blocks), table_BGM, before_BG, length_BG)
 
     def set_state(self, layer: int, step: Step, state: State) -> None:
         """Keep the method's state of the head caches of one layer."""

@@ -1,8 +1,12 @@
 """Attention over a paged cache whose block tables differ per KV head.
 
-``reference.py`` is the plain form, ``gather.py`` the PyTorch form for any device.
+``reference`` is the plain form, ``gather`` that in torch operations for any device, ``split_attention`` that of GPUs:
+Triton ``kernels`` on the chunks of a ``work_list``. ``dispatch`` chooses.
 """
 
-from megatron_dmc.ops.paged_attention.gather import entry_slots, paged_attention, paged_attention_to_chunks
+from megatron_dmc.ops.paged_attention.dispatch import paged_attention
+from megatron_dmc.ops.paged_attention.entries import entry_slots, read_keys
+from megatron_dmc.ops.paged_attention.gather import paged_attention_to_chunks
+from megatron_dmc.ops.paged_attention.work_list import WorkList, work_list
 
-__all__ = ["entry_slots", "paged_attention", "paged_attention_to_chunks"]
+__all__ = ["WorkList", "entry_slots", "paged_attention", "paged_attention_to_chunks", "read_keys", "work_list"]
