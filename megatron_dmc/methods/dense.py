@@ -28,6 +28,7 @@ class Dense(Method):
     compresses = False
     has_whole_form = True
     exact_recompute = True
+    updates_in_place = True
 
     def __init__(self, neuron_scale: float = 1.0) -> None:
         self.neuron_scale = neuron_scale

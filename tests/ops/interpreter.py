@@ -32,7 +32,7 @@ def run_in_interpreter(name: str, *arguments: str) -> None:
 
 
 def compile_for_hopper(kernel: Any, constants: dict[str, Any], types: dict[str, str], **options: int) -> Any:
-    """Machine code of a kernel for compute capability 9.0.
+    """Machine code of a kernel for compute capability 9.0, for tensors that begin at multiples of 16 bytes.
 
     Args:
         kernel: of Triton.
@@ -48,7 +48,8 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], types: dict[str, 
         name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
