@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_dmc.methods.decisions import Decisions, NoiseSource
 from megatron_dmc.methods.step import ALONE, Ranks, Step, Tokens
+from megatron_dmc.ops.cache_update import Logits, Merging
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.masked_attention.merged import attend as attend_pieces
 from megatron_dmc.ops.masked_attention.merged import merge
@@ -94,6 +95,9 @@ class Method(ABC):
         exact_recompute: whether reading a text again gives the cache that decoding it gave.
         reads_parts: whether several tokens can be read behind others; where not, a prompt is read whole.
         only_newest_changes: whether no step writes an entry other than the newest and the one after it.
+        updates_in_place: whether ``ops.cache_update.update_caches`` does what :meth:`absorb` and the cache do between
+            them when every sequence has one new token.
+        merging: how tokens merge there; None where every token appends.
     """
 
     name: str
@@ -103,6 +107,8 @@ class Method(ABC):
     exact_recompute: bool = False
     reads_parts: bool = True
     only_newest_changes: bool = False
+    updates_in_place: bool = False
+    merging: Merging | None = None
 
     def state(self, head_dim: int) -> Mapping[str, Slot]:
         """What the cache keeps for every head beside keys and values; any value where a sequence begins."""
@@ -111,6 +117,10 @@ class Method(ABC):
     @abstractmethod
     def absorb(self, tokens: Tokens, state: State, length_BG: Tensor) -> Update:
         """What ``tokens`` do to head caches of ``length_BG`` entries (int32). Pure; one by one they do the same."""
+
+    def shared_logits(self, q_TND: Tensor, k_TGD: Tensor) -> Logits | None:
+        """Logits of new tokens before RoPE, where one decision is several heads'; None where each head has its own."""
+        return None
 
     def attend(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Tensor:
         """Attention output [T, N, D] of the new tokens, each over the cache as it was at its position."""

@@ -29,6 +29,7 @@ class Dense(Method):
     has_whole_form = True
     exact_recompute = True
     only_newest_changes = True
+    updates_in_place = True
 
     def __init__(self, neuron_scale: float = 1.0) -> None:
         self.neuron_scale = neuron_scale

@@ -99,9 +99,13 @@ class DMC(Method):
     has_whole_form = True
     exact_recompute = True
     only_newest_changes = True
+    updates_in_place = True
 
     def __init__(self, settings: DMCConfig) -> None:
         self.settings = settings
+        self.merging = cache_update.Merging(
+            settings.decision_bias, settings.decision_threshold, settings.importance_epsilon, settings.window_size
+        )
 
     def state(self, head_dim: int) -> Mapping[str, Slot]:
         """Running sums of the open segment, float32: (K,), or with a window a ring (W, K)."""
@@ -135,6 +139,12 @@ class DMC(Method):
     def expected_entries(self, num_tokens: int) -> float:
         """By the ratio that the model was trained for."""
         return num_tokens / self.settings.target_cr
+
+    def shared_logits(self, q_TND: Tensor, k_TGD: Tensor) -> cache_update.Logits | None:
+        """See :meth:`Method.shared_logits`; those of the layer in DMC-C."""
+        if self.settings.decisions_per == "head":
+            return None
+        return cache_update.Logits(*read_logits(q_TND, k_TGD, self.settings))
 
     def attend_own(self, tokens: Tokens, update: Update) -> tuple[Tensor, Tensor]:
         """Over the entry of every position, hidden from those after the one that overwrites it."""

@@ -9,10 +9,9 @@ import torch
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.cache.paged_kv_cache import CacheShape, PagedKVCache
 from megatron_dmc.methods import DMC, Dense
-from megatron_dmc.methods.base import Method
-from megatron_dmc.methods.dmc import SEGMENT, read_logits
+from megatron_dmc.methods.dmc import SEGMENT
 from megatron_dmc.methods.step import Step, Tokens
-from megatron_dmc.ops.cache_update import HeadCaches, Logits, Merging, NewTokens, update_caches
+from megatron_dmc.ops.cache_update import HeadCaches, NewTokens, update_caches
 from megatron_dmc.ops.paged_attention.reference import read_entries
 from megatron_dmc.ops.paged_kv import PagedKV
 from megatron_dmc.ops.rope import inverse_frequencies
@@ -27,16 +26,10 @@ METHODS = {
 }
 
 
-def merging_of(method: Method) -> Merging | None:
-    if not isinstance(method, DMC):
-        return None
-    s = method.settings
-    return Merging(s.decision_bias, s.decision_threshold, s.importance_epsilon, s.window_size)
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_equals_the_method_and_the_cache(name):
     method, layer = METHODS[name], 1
+    assert method.updates_in_place
     shape = CacheShape(2, G, D, torch.float32, method.state(D), block_size=4)
     one, other = PagedKVCache(shape, 3), PagedKVCache(shape, 3)
     rows = [2, 0]
@@ -58,14 +51,13 @@ def test_equals_the_method_and_the_cache(name):
             other.cache_seqlens[layer],
             other.state[SEGMENT][layer] if SEGMENT in other.state else None,
         )
-        per_layer = isinstance(method, DMC) and method.settings.decisions_per == "layer"
         cos_BC, sin_BC = step.geometry.cos_sin_S
         q_BND, accumulate_BG = update_caches(
             NewTokens(*tokens[:3], step.position_T, cos_BC, sin_BC),
             caches,
             step.rows_B,
-            merging=merging_of(method),
-            logits=Logits(*read_logits(*tokens[:2], method.settings)) if per_layer else None,
+            merging=method.merging,
+            logits=method.shared_logits(*tokens[:2]),
             neuron_scale=method.neuron_scale,
         )
         for cache in (one, other):

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.ops.interpreter import compile_for_hopper, run_in_interpreter
+from megatron_dmc.ops.paged_attention import work_list
+from tests.ops.interpreter import compile_launches, run_in_interpreter
+from tests.ops.random_caches import random_cache
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of a multiprocessor of a Hopper GPU."""
 
 
 @pytest.mark.slow
@@ -13,35 +19,37 @@ def test_kernels_in_interpreter() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv", ["bf16", "i8", "fp8e4nv"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("group", [1, 8])
-def test_chunk_kernel_compiles_for_hopper(group: int, kv: str) -> None:
+def test_launches_compile_for_hopper(monkeypatch: pytest.MonkeyPatch, group: int, kv_dtype: str) -> None:
     """Down to machine code; whether it is fast, only a GPU can tell."""
     pytest.importorskip("triton")
-    from megatron_dmc.ops.paged_attention import kernels, split_attention
+    from megatron_dmc.ops.paged_attention import split_attention
 
-    head_dim = 128
-    sizes = split_attention.tuning(group, head_dim, 2 if kv == "bf16" else 1)
-    constants = {"R": group, "D": head_dim, "P": 32, "CHUNK": 256, "BLOCK_R": 1 if group == 1 else 16}
-    constants |= {"BLOCK_D": head_dim, "BLOCK_E": sizes.block_e, "NUM_STAGES": sizes.num_stages}
-    constants |= {"row_ptr": None, "scores_ptr": None}
-    types = {f"{name}_ptr": "*i32" for name in ("open_entry", "table", "length", "order", "start")}
-    types |= {"q_ptr": "*bf16", "k_ptr": f"*{kv}", "v_ptr": f"*{kv}", "k_open_ptr": "*bf16", "v_open_ptr": "*bf16"}
-    types["score_scale"] = "fp32"
-    if kv == "bf16":
-        constants |= {f"{name}_ptr": None for name in ("k_scale", "v_scale", "k_open", "v_open", "open_entry")}
-    compiled = compile_for_hopper(
-        kernels.chunk_kernel, constants, types, num_warps=sizes.num_warps, enable_fp_fusion=True
-    )
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared * sizes.programs <= 228 * 1024, "persistent programs do not fit together"
+    compiled = compile_launches(monkeypatch)
+    kv, table, lengths = random_cache([[5, 0], [65, 33]], 128, 32, dtype=torch.bfloat16, kv_dtype=kv_dtype)
+    q_BND = torch.randn(2, 2 * group, 128).bfloat16()
+    rows_B = torch.tensor([1, -1])
+    split_attention.attend(q_BND, kv, table, lengths)
+    split_attention.attend(q_BND, kv, table, lengths, rows_B=rows_B, work=work_list(lengths, 128), keep_weights=True)
+    assert [kernel.metadata.name for kernel in compiled] == ["chunk_kernel", "reduce_kernel"] * 2
+    assert all(kernel.asm["cubin"] for kernel in compiled)
+    programs = split_attention.tuning(group, 128, kv.k_blocks.itemsize).programs
+    assert compiled[0].metadata.shared * programs <= SHARED_MEMORY, "persistent programs do not fit together"
 
 
 @pytest.mark.slow
-def test_reduce_kernel_compiles_for_hopper() -> None:
+def test_other_batches_and_layers_need_no_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each number of sequences would be compiled while somebody waits."""
     pytest.importorskip("triton")
-    from megatron_dmc.ops.paged_attention import kernels
+    from megatron_dmc.ops.paged_attention import split_attention
 
-    constants = {"R": 4, "D": 80, "CHUNK": 256, "BLOCK_D": 128, "BLOCK_C": 16}
-    types = {f"{name}_ptr": "*i32" for name in ("length", "order", "start")} | {"row_ptr": "*i64"}
-    assert compile_for_hopper(kernels.reduce_kernel, constants, types).asm["cubin"]
+    compiled = compile_launches(monkeypatch)
+    for lengths in ([[3]], [[3] * 16] * 2, [[100, 3, 1]]):
+        kv, table, length_BG = random_cache(lengths, 64, 16)
+        length_LBG = torch.stack((length_BG, length_BG))
+        work = work_list(length_LBG)
+        for layer in range(2):
+            q_BND = torch.randn(*length_BG.shape, 64)
+            split_attention.attend(q_BND, kv, table, length_LBG[layer], work=work.of_layer(layer))
+    assert len({id(kernel) for kernel in compiled}) == 2

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.ops.interpreter import compile_for_hopper, run_in_interpreter
+from tests.ops.interpreter import compile_launches, run_in_interpreter
 
 
 @pytest.mark.slow
@@ -12,13 +13,15 @@ def test_kernels_in_interpreter() -> None:
     run_in_interpreter("pooling_kernels_in_interpreter.py")
 
 
-@pytest.mark.parametrize("kernel", ["_scan_kernel", "_scan_backward_kernel"])
-def test_kernels_compile_for_hopper(kernel: str) -> None:
+def test_launches_compile_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Down to machine code; whether it is fast, only a GPU can tell."""
     pytest.importorskip("triton")
     from megatron_dmc.ops.kv_pooling import kernels
 
-    function = getattr(kernels, kernel)
-    constants = {"REVERSE": True, "HAS_GAIN": True, "BLOCK_S": kernels.BLOCK_S, "BLOCK_D": kernels.MAX_BLOCK_D}
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    assert compile_for_hopper(function, constants, {}).asm["cubin"]
+    compiled = compile_launches(monkeypatch)
+    decay, gain = torch.rand(2, 40, 2, 2)
+    x, grad = torch.randn(2, 40, 2, 2, 64)
+    y = kernels.gated_scan(decay, gain, x, reverse=True)
+    kernels.gated_scan_backward(decay, gain, x, y, grad, reverse=True)
+    assert [kernel.metadata.name for kernel in compiled] == ["_scan_kernel", "_scan_backward_kernel"]
+    assert all(kernel.asm["cubin"] for kernel in compiled)

@@ -179,6 +179,11 @@ class Decoder:
         return hidden_TH
 
     @torch.no_grad()
+    def step(self, token_B: Tensor, attention: Attention) -> Tensor:
+        """Hidden states [B, H] of one new token of each sequence, by an attention that keeps its own books."""
+        return self._body(token_B, attention)
+
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [..., V] from hidden states [..., H]."""
         return self.parallel.gather(F.linear(hidden, self.output), self.config.vocab_size).float()

@@ -68,7 +68,11 @@ def _store_entry(first, second, blocks_ptr, scale_ptr, slot, half, HALF: tl.cons
     tl.store(place + HALF, second.to(blocks_ptr.dtype.element_ty), mask=half < HALF)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_kv_heads", "table_width"],
+    # Where the numbers of a layer begin makes no other kernel.
+    do_not_specialize_on_alignment=["open_entry_ptr", "table_ptr", "length_ptr", "state_ptr"],
+)
 def update_kernel(
     q_ptr,
     k_ptr,

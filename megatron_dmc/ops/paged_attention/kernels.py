@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 
 LN_2 = tl.constexpr(0.6931471805599453)
+OF_A_LAYER = ["open_entry_ptr", "table_ptr", "length_ptr", "row_ptr", "order_ptr", "start_ptr"]
+"""Tensors of numbers that are read one by one: where those of a layer begin makes no other kernel."""
 NO_SCORE = tl.constexpr(-1e30)
 """Below every score, and unlike -inf subtracted from itself without harm."""
 
@@ -189,7 +191,9 @@ def _with_open_entry(
     return new_max, total * kept + weight, acc * kept[:, None] + weight[:, None] * v[None, :]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_head_caches", "num_kv_heads", "table_width"], do_not_specialize_on_alignment=OF_A_LAYER
+)
 def chunk_kernel(
     q_ptr,
     k_ptr,
@@ -312,7 +316,7 @@ def chunk_kernel(
             tl.store(acc_ptr + partial[:, None] * D + channel[None, :], acc, mask=query_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kv_heads"], do_not_specialize_on_alignment=OF_A_LAYER)
 def reduce_kernel(
     max_ptr,
     sum_ptr,

@@ -71,7 +71,7 @@ def attend(
     assert work.chunk_size % block_size == 0, f"chunks of {work.chunk_size} entries, blocks of {block_size}"
     sizes = sizes or tuning(group, head_dim, kv.k_blocks.itemsize)
     max_items = work.max_chunks(table_width * block_size)
-    partial_max, partial_sum = _empty(q_BND, 2, max_items, group)
+    partial_max, partial_sum = _empty(q_BND, max_items, group), _empty(q_BND, max_items, group)
     partial_acc = _empty(q_BND, max_items, group, head_dim)
     scores = _empty(q_BND, *length_BG.shape, group, table_width * block_size) if keep_weights else None
     output_BND, lse_BN = torch.empty_like(q_BND, memory_format=torch.contiguous_format), _empty(q_BND, *q_BND.shape[:2])

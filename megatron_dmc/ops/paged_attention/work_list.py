@@ -4,7 +4,7 @@ Head caches differ in length, so one program per head cache would leave most of 
 cut into chunks of at most ``chunk_size`` entries, whose number and borders follow from its own length alone: what a
 sequence gets does not depend on what else is in its batch. Nothing here asks the host for a length.
 
-Legend: L layers, H head caches of a layer (sequence by sequence, KV heads in order).
+Legend: L layers, B sequences, A rows of the cache, G KV heads, H head caches of a layer (b G + g).
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def num_chunks[Length: (int, Tensor)](length: Length, chunk_size: int) -> Length
     return (length + chunk_size - 1) // chunk_size
 
 
-def lengths_of_rows(cache_seqlens_BG: Tensor, rows_B: Tensor) -> Tensor:
-    """Lengths of the sequences in the given rows; 0 for row -1, which is no sequence."""
-    return cache_seqlens_BG[rows_B.clamp(min=0)].masked_fill((rows_B < 0).unsqueeze(-1), 0)
+def lengths_of_rows(cache_seqlens_AG: Tensor, rows_B: Tensor) -> Tensor:
+    """Lengths [..., B, G] of the sequences in some of the rows [..., A, G]; 0 for row -1, which is no sequence."""
+    lengths_BG = cache_seqlens_AG[..., rows_B.clamp(min=0), :]
+    return lengths_BG.masked_fill((rows_B < 0).unsqueeze(-1), 0)
