@@ -15,6 +15,7 @@ from checkpoints_convert.megatron_writer import ANY_LAYOUT, write_megatron
 from checkpoints_convert.model_card import CardFacts
 from checkpoints_convert.options import DEFAULTS, Options
 from checkpoints_convert.verify import check_conversion
+from megatron_dmc.checkpoint.guard import examine_location
 from megatron_dmc.checkpoint.locate import LEGACY, locate
 from megatron_dmc.checkpoint.source import MegatronSource
 from megatron_dmc.config import BF16_DECISION_THRESHOLD, BF16_IMPORTANCE_EPSILON, DMCConfig
@@ -63,7 +64,7 @@ def import_dmc_release(
     location = locate(source)
     if location.format != LEGACY:
         raise ValueError(f"{source} holds no mp_rank_00/model_optim_rng.pt: not the layout of NVIDIA's DMC releases")
-    model = MegatronSource(location)
+    model = MegatronSource(examine_location(location))
     if not model.states_vocab_size and vocab_size is None:
         vocab_size = LLAMA2_VOCAB_SIZE
     state_vocabulary(model, vocab_size)

@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dmc.checkpoint.locate import locate
+from megatron_dmc.checkpoint.guard import examine
 from megatron_dmc.checkpoint.source import MegatronSource
 from megatron_dmc.models.borrowed_channel import parts_without_borrowed_channels
 from megatron_dmc.models.config import ModelConfig
@@ -43,7 +43,7 @@ class MegatronModel:
 
     def __init__(self, path: Path, clears_borrowed: bool) -> None:
         _start_single_process()
-        self._source = MegatronSource(locate(path))
+        self._source = MegatronSource(examine(path))
         self._clears_borrowed = clears_borrowed
         config = self._source.config
         self.num_layers = config.num_layers

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from checkpoints_convert.model_card import CardFacts, model_card
 from checkpoints_convert.options import Options
-from checkpoints_convert.sizes import entry_bytes, weight_bytes
+from checkpoints_convert.sizes import entry_bytes, itemsize, weight_bytes
 from checkpoints_convert.streams import WRITER_THREADS, HashedFile
 from megatron_dmc.checkpoint import companions
 from megatron_dmc.checkpoint.manifest import write_manifest
 from megatron_dmc.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_dmc.checkpoint.source import Source
-from megatron_dmc.checkpoint.torch_file import tensor_memory
+from megatron_dmc.checkpoint.tensor_memory import tensor_memory
 from megatron_dmc.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape
@@ -132,7 +132,7 @@ def _write_shard(
 ) -> str:
     dtype = getattr(torch, config.dtype)
     with HashedFile(directory / shard.file_name, advance) as stream:
-        stream.write(_header(shard, config, dtype))
+        stream.write(_header(shard, config))
         for entry in shard.entries:
             for tensor, shape in zip(parts(entry), entry.hf_shapes(config), strict=True):
                 assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
@@ -141,13 +141,13 @@ def _write_shard(
     return stream.sha256()
 
 
-def _header(shard: Shard, config: ModelConfig, dtype: torch.dtype) -> bytes:
+def _header(shard: Shard, config: ModelConfig) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in shard.entries:
         for name, shape in zip(entry.hf_names, entry.hf_shapes(config), strict=True):
-            end = offset + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            end = offset + math.prod(shape) * itemsize(config)
+            header[name] = {"dtype": DTYPE_NAMES[config.dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.checkpoint.guard import examine_location
+from megatron_dmc.checkpoint.guard import CheckedCheckpoint, examine_location
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
-from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
+from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, locate
 from megatron_dmc.checkpoint.manifest import manifest_problems, read_manifest
 from megatron_dmc.checkpoint.source import MegatronSource
 from megatron_dmc.support.errors import Refused
@@ -50,34 +50,43 @@ def inspect_checkpoint(path: Path | str, *, hashes: bool = True, ignored_setting
         "size": sum(file.stat().st_size for file in files),
     }
     problems: list[str] = []
-    _collect(problems, lambda: facts.update(_model_facts(location, ignored_settings)))
-    _collect(problems, lambda: facts.update(_scan_facts(location)))
-    _collect(problems, lambda: problems.extend(manifest_problems(location.directory, hashes=hashes)))
-    _collect(problems, lambda: facts.update({"manifest": _manifest_fact(location.directory, hashes)}))
+    checked = _attempt(problems, lambda: examine_location(location))
+    if location.format == HUGGING_FACE:
+        facts |= _attempt(problems, lambda: _hugging_face_facts(location.directory, ignored_settings)) or {}
+    elif checked:
+        facts |= _attempt(problems, lambda: _megatron_facts(checked)) or {}
+    facts |= _scan_facts(checked) if checked else {}
+    problems += _attempt(problems, lambda: manifest_problems(location.directory, hashes=hashes)) or []
+    facts |= _attempt(problems, lambda: _manifest_fact(location.directory, hashes)) or {}
     return Inspection(facts, list(dict.fromkeys(problems)))
 
 
-def _collect(problems: list[str], look: Callable[[], None]) -> None:
+def _attempt[Found](problems: list[str], look: Callable[[], Found]) -> Found | None:
+    """What ``look`` finds; None and one problem more where something is damaged."""
     try:
-        look()
+        return look()
     except Refused:
         raise
     except ValueError as error:
         problems.append(str(error))
+        return None
 
 
-def _model_facts(location: Location, ignored_settings: Sequence[str]) -> dict[str, Any]:
-    if location.format == HUGGING_FACE:
-        directory = HuggingFaceDirectory(location.directory, ignored_settings)
-        facts: dict[str, Any] = {"model_type": directory.config_json["model_type"], "tensors": len(directory.tensors)}
-        facts |= {"notes": directory.notes} if directory.notes else {}
-        return facts | {"model": dataclasses.asdict(directory.config), "dmc": _dmc(directory.dmc)}
-    facts = {"iteration": location.iteration}
+def _hugging_face_facts(path: Path, ignored_settings: Sequence[str]) -> dict[str, Any]:
+    directory = HuggingFaceDirectory(path, ignored_settings)
+    facts: dict[str, Any] = {"model_type": directory.config_json["model_type"], "tensors": len(directory.tensors)}
+    facts |= {"notes": directory.notes} if directory.notes else {}
+    return facts | {"model": dataclasses.asdict(directory.config), "dmc": _dmc(directory.dmc)}
+
+
+def _megatron_facts(checked: CheckedCheckpoint) -> dict[str, Any]:
+    location = checked.location
+    facts: dict[str, Any] = {"iteration": location.iteration}
     if location.format == LEGACY:
         legacy = LegacyCheckpoint(location.directory)
         sizes = (legacy.tensor_size, legacy.pipeline_size, legacy.virtual_size)
         facts["layout"] = "TP {} x PP {} x VPP {}".format(*sizes)
-    source = MegatronSource(location)
+    source = MegatronSource(checked)
     args = source.saved.args
     if location.format != LEGACY:
         written = [args.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline")]
@@ -89,8 +98,7 @@ def _model_facts(location: Location, ignored_settings: Sequence[str]) -> dict[st
     return facts | {"model": dataclasses.asdict(source.config), "dmc": _dmc(source.dmc)}
 
 
-def _scan_facts(location: Location) -> dict[str, Any]:
-    checked = examine_location(location)
+def _scan_facts(checked: CheckedCheckpoint) -> dict[str, Any]:
     unknown = {"unknown files": ", ".join(checked.unknown)} if checked.unknown else {}
     return {"pickles scanned": checked.pickles} | unknown
 
@@ -99,11 +107,11 @@ def _dmc(settings: Any) -> dict[str, Any] | None:
     return None if settings is None else settings.to_dict()
 
 
-def _manifest_fact(directory: Path, hashes: bool) -> str:
+def _manifest_fact(directory: Path, hashes: bool) -> dict[str, str]:
     manifest = read_manifest(directory)
     if manifest is None:
-        return "none: files cannot be checked for damage"
-    return f"{len(manifest['files'])} files, {'SHA-256' if hashes else 'sizes'} compared"
+        return {"manifest": "none: files cannot be checked for damage"}
+    return {"manifest": f"{len(manifest['files'])} files, {'SHA-256' if hashes else 'sizes'} compared"}
 
 
 def _told(value: Any) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_dmc.checkpoint.legacy import FILE_NAME, rank_directory
-from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file, tensor_memory
+from megatron_dmc.checkpoint.tensor_memory import tensor_memory
+from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file
 from megatron_dmc.models.fusion import MegatronShape
 from megatron_dmc.models.tensors import EMBEDDING, EXTRA_STATE_MODULES, LOCAL_SPEC_NAMES, OUTPUT_LAYER, Entry, entries
 from megatron_dmc.support.progress import Advance

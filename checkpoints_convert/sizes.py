@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
-
 from checkpoints_convert.streams import WRITER_THREADS
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import MegatronShape
 from megatron_dmc.models.tensors import EMBEDDING, Entry, entries
+from megatron_dmc.support.element_types import ELEMENT_TYPES
 
 # Anonymous memory of a process that has imported torch; with transformers or Megatron in it as well. Measured:
 # examples/benchmarks/results/convert.md.
@@ -27,7 +26,7 @@ class ForwardBytes(NamedTuple):
 
 def itemsize(config: ModelConfig) -> int:
     """Bytes of an element."""
-    return getattr(torch, config.dtype).itemsize
+    return ELEMENT_TYPES[config.dtype].itemsize
 
 
 def entry_bytes(entry: Entry, config: ModelConfig) -> int:

@@ -13,9 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from megatron_dmc.checkpoint.pickles import Name, OrderedMapping, Record, Refused, checked_members
+from megatron_dmc.support.element_types import ELEMENT_TYPES, ElementType
 
 _NUMBERS = re.compile(r"[biufc][0-9]{1,2}|\?")
 _TEXT_LIMIT = 4096
@@ -208,22 +207,22 @@ _DATA = f"""
 
 _PATHS = "pathlib.Path pathlib.PosixPath pathlib._local.Path pathlib._local.PosixPath".split()  # noqa: SIM905
 
-DTYPES: dict[str, torch.dtype] = {
-    f"torch.{name}": getattr(torch, name)
-    for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()  # noqa: SIM905
-}
+DTYPES: dict[str, ElementType] = {f"torch.{name}": element_type for name, element_type in ELEMENT_TYPES.items()}
 
-STORAGE_DTYPES: dict[str, torch.dtype] = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
+STORAGE_DTYPES: dict[str, ElementType] = {
+    f"torch.{storage}Storage": ELEMENT_TYPES[name]
+    for storage, name in {
+        "Double": "float64",
+        "Float": "float32",
+        "Half": "float16",
+        "BFloat16": "bfloat16",
+        "Long": "int64",
+        "Int": "int32",
+        "Short": "int16",
+        "Char": "int8",
+        "Byte": "uint8",
+        "Bool": "bool",
+    }.items()
 }
 
 ALLOWED: dict[str, Callable[..., Any] | None] = {

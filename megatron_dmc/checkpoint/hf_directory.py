@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_dmc.checkpoint.companions import TOKEN_IDS, token_ids
 from megatron_dmc.checkpoint.torch_file import StoredTensor
@@ -18,6 +15,11 @@ from megatron_dmc.models.fusion import Cut
 from megatron_dmc.models.hugging_face import parse_family, parse_hf_config, read_config_json
 from megatron_dmc.models.hugging_face_settings import check_settings
 from megatron_dmc.models.tensors import by_hf_name, check_names, hf_name
+from megatron_dmc.support.element_types import ELEMENT_TYPES, ElementType
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class NamedTensor(NamedTuple):
@@ -25,7 +27,12 @@ class NamedTensor(NamedTuple):
 
     name: str
     stored: StoredTensor
-    dtype: torch.dtype
+    element_type: ElementType
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that it is read in, as torch names it."""
+        return self.element_type.dtype
 
     def read(self, cut: Cut | None = None) -> Tensor:
         """The tensor or a part of it, in memory of its own. Of rows no others are read."""
@@ -69,8 +76,8 @@ class HuggingFaceDirectory:
         names = self._names_in_files(config, found)
         check_names(names, by_hf_name(config), str(directory))
         self.config = dataclasses.replace(config, dtype=self._dtype(config, {found[name] for name in names.values()}))
-        dtype = getattr(torch, self.config.dtype)
-        self.tensors = {name: NamedTensor(stored, found[stored], dtype) for name, stored in names.items()}
+        element_type = ELEMENT_TYPES[self.config.dtype]
+        self.tensors = {name: NamedTensor(stored, found[stored], element_type) for name, stored in names.items()}
         self._check_shapes()
 
     def _names_in_files(self, config: ModelConfig, found: dict[str, StoredTensor]) -> dict[str, str]:
@@ -88,7 +95,7 @@ class HuggingFaceDirectory:
 
     def _dtype(self, config: ModelConfig, stored: set[StoredTensor]) -> str:
         """The stored type; where there are several, the one that ``config.json`` states."""
-        given = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored})
+        given = sorted({tensor.element_type.name for tensor in stored})
         if unsupported := set(given) - set(DTYPES):
             raise ValueError(
                 f"{self.directory} stores {', '.join(sorted(unsupported))}: supported are {', '.join(DTYPES)}"
@@ -107,7 +114,7 @@ class HuggingFaceDirectory:
 
 
 def _check_tied(embedding: str, one: StoredTensor, head: str, other: StoredTensor) -> None:
-    if one.dtype != other.dtype or one.shape != other.shape or not one.read().equal(other.read()):
+    if one.element_type != other.element_type or one.shape != other.shape or not one.read().equal(other.read()):
         raise ValueError(
             f"config.json ties the embeddings, but {head} differs from {embedding}: set tie_word_embeddings to false "
             f"in config.json to keep {head}, or remove it from the weights"

@@ -6,8 +6,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_dmc.checkpoint.allowed import ALLOWED
 from megatron_dmc.checkpoint.pickles import Record, describe
 from megatron_dmc.checkpoint.torch_file import PICKLE_BYTES_LIMIT, StoredTensor, read_torch_item
@@ -56,4 +54,4 @@ def _check_bytes(data: bytes, what: str) -> None:
 def _bytes_of(tensor: StoredTensor, what: str) -> bytes:
     if tensor.nbytes > PICKLE_BYTES_LIMIT:
         raise ValueError(f"{what} holds {tensor.nbytes} bytes of Transformer Engine's state")
-    return tensor.read().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.read_bytes()

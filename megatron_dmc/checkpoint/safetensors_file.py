@@ -11,29 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_dmc.checkpoint.bounded import read_exactly
 from megatron_dmc.checkpoint.torch_file import StoredTensor
+from megatron_dmc.support.element_types import ELEMENT_TYPES, ElementType
 from megatron_dmc.support.files import open_regular, parse_json
 
 HEADER_BYTES_LIMIT = 100_000_000
 """The limit of the format's own implementation."""
 _DIMENSIONS_LIMIT = 8
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES: dict[str, ElementType] = {
+    "F64": ELEMENT_TYPES["float64"],
+    "F32": ELEMENT_TYPES["float32"],
+    "F16": ELEMENT_TYPES["float16"],
+    "BF16": ELEMENT_TYPES["bfloat16"],
+    "I64": ELEMENT_TYPES["int64"],
+    "I32": ELEMENT_TYPES["int32"],
+    "I16": ELEMENT_TYPES["int16"],
+    "I8": ELEMENT_TYPES["int8"],
+    "U8": ELEMENT_TYPES["uint8"],
+    "BOOL": ELEMENT_TYPES["bool"],
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {element_type.name: name for name, element_type in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         raise ValueError(f"{path}: __metadata__ must map names to strings")
     start, tensors, ranges = 8 + length, {}, []
     for name, entry in header.items():
-        dtype, shape, begin, end = _entry(path, name, entry)
-        if end - begin != math.prod(shape) * dtype.itemsize:
+        element_type, shape, begin, end = _entry(path, name, entry)
+        if end - begin != math.prod(shape) * element_type.itemsize:
             raise ValueError(
-                f"{path}: {name} has {end - begin} bytes, its shape {shape} of {dtype} needs another number"
+                f"{path}: {name} has {end - begin} bytes, its shape {shape} of {element_type} needs another number"
             )
         ranges.append((begin, end, name))
-        tensors[name] = StoredTensor(path, start + begin, dtype, shape)
+        tensors[name] = StoredTensor(path, start + begin, element_type, shape)
     expected = 0
     for begin, end, name in sorted(ranges):
         if begin != expected:
@@ -81,11 +80,11 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(tensors, metadata)
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _entry(path: Path, name: str, entry: Any) -> tuple[ElementType, tuple[int, ...], int, int]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{path}: {name} needs dtype, shape and data_offsets, it has {entry!r:.200}")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
+    element_type = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if element_type is None:
         raise ValueError(f"{path}: {name} is of type {entry['dtype']!r:.50}; known are {', '.join(DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     for numbers, limit in ((shape, _DIMENSIONS_LIMIT), (offsets, 2)):
@@ -95,4 +94,4 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, .
             raise ValueError(f"{path}: {name} has sizes or offsets that are not counts")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{path}: {name} has data_offsets {offsets}")
-    return dtype, tuple(shape), offsets[0], offsets[1]
+    return element_type, tuple(shape), offsets[0], offsets[1]

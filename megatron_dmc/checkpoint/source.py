@@ -7,22 +7,24 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_dmc.checkpoint.companions import FOLDER
 from megatron_dmc.checkpoint.expected_files import check_files
-from megatron_dmc.checkpoint.guard import examine_location
+from megatron_dmc.checkpoint.guard import CheckedCheckpoint, examine_location
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
-from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, Location, locate
+from megatron_dmc.checkpoint.locate import HUGGING_FACE, LEGACY, locate
 from megatron_dmc.checkpoint.saved_arguments import SavedArguments, arguments_from_state
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.fusion import Cut, MegatronShape
 from megatron_dmc.models.tensors import EMBEDDING, Entry, by_hf_name, check_names, entries
+from megatron_dmc.support.element_types import ElementType
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Not part of the model: what Megatron keeps for the optimizer, the random state and the run.
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
@@ -78,7 +80,7 @@ def open_source(path: Path | str, ignored_settings: Sequence[str] = ()) -> Huggi
     """
     location = locate(path)
     if location.format != HUGGING_FACE:
-        return MegatronSource(location)
+        return MegatronSource(examine_location(location))
     check_files(location)
     source = HuggingFaceSource(location.directory, ignored_settings)
     for note in source.files.notes:
@@ -103,7 +105,7 @@ class HuggingFaceSource(Source):
 
 
 class MegatronSource(Source):
-    """A Megatron checkpoint.
+    """A Megatron checkpoint whose pickles were described.
 
     Attributes:
         saved: its saved arguments and what follows from them.
@@ -111,11 +113,10 @@ class MegatronSource(Source):
         states_vocab_size: whether it tells how many rows of the embedding are real.
     """
 
-    def __init__(self, location: Location) -> None:
-        self.location = location
+    def __init__(self, checked: CheckedCheckpoint) -> None:
+        location = checked.location
         self.directory = location.directory
         self.companions = location.directory / FOLDER
-        examine_location(location)
         self._weights: _TorchDistWeights | _LegacyWeights
         if location.format == LEGACY:
             self._weights = _LegacyWeights(LegacyCheckpoint(self.directory))
@@ -126,8 +127,7 @@ class MegatronSource(Source):
             self._weights.common_state(), padded, str(location.directory), location.iteration
         )
         self.states_vocab_size = type(self.saved.args.get("vocab_size")) is int
-        dtype = str(self._weights.dtype()).removeprefix("torch.")
-        self.config = dataclasses.replace(self.saved.config, dtype=dtype)
+        self.config = dataclasses.replace(self.saved.config, dtype=self._weights.element_type().name)
         self.dmc = self.saved.dmc
         self.shape = MegatronShape(self.config, padded)
         self._weights.check(self.shape)
@@ -169,8 +169,8 @@ class _TorchDistWeights:
     def padded_vocab_size(self) -> int:
         return self.checkpoint.tensors[EMBEDDING].shape[0]
 
-    def dtype(self) -> torch.dtype:
-        return self.checkpoint.tensors[EMBEDDING].dtype
+    def element_type(self) -> ElementType:
+        return self.checkpoint.tensors[EMBEDDING].element_type
 
     def check(self, shape: MegatronShape) -> None:
         """Names, shapes and types of every tensor."""
@@ -181,7 +181,7 @@ class _TorchDistWeights:
             tensor = self.checkpoint.tensors[entry.stacked_name]
             layers = () if entry.layer is None else (shape.config.num_layers,)
             _check_shape(entry.stacked_name, tensor.shape, (*layers, *entry.megatron_shape(shape)))
-            _check_dtype(entry.stacked_name, tensor.dtype, self.dtype())
+            _check_type(entry.stacked_name, tensor.element_type, self.element_type())
 
     def read(self, entry: Entry) -> Tensor:
         return self.checkpoint.read(entry.stacked_name, entry.layer)
@@ -197,8 +197,8 @@ class _LegacyWeights:
         self.common_state = checkpoint.common_state
         self.padded_vocab_size = checkpoint.padded_vocab_size
 
-    def dtype(self) -> torch.dtype:
-        return self.tensors[EMBEDDING][0].dtype
+    def element_type(self) -> ElementType:
+        return self.tensors[EMBEDDING][0].element_type
 
     def check(self, shape: MegatronShape) -> None:
         """Names, shapes and types of every tensor."""
@@ -206,11 +206,10 @@ class _LegacyWeights:
         check_names(self.tensors, {entry.megatron_name for entry in expected}, str(self.checkpoint.directory))
         for entry in expected:
             shards = self.tensors[entry.megatron_name]
-            # On the meta device: the layout itself says what shards a whole tensor has.
-            whole = torch.empty(entry.megatron_shape(shape), device="meta")
-            for rank, cut in enumerate(entry.row.layout.shard(whole, len(shards))):
-                _check_shape(f"{entry.megatron_name} of tensor rank {rank}", shards[rank].shape, tuple(cut.shape))
-                _check_dtype(entry.megatron_name, shards[rank].dtype, self.dtype())
+            cut = entry.row.layout.shard_shape(entry.megatron_shape(shape), len(shards))
+            for rank, shard in enumerate(shards):
+                _check_shape(f"{entry.megatron_name} of tensor rank {rank}", shard.shape, cut)
+                _check_type(entry.megatron_name, shard.element_type, self.element_type())
 
     def read(self, entry: Entry) -> Tensor:
         return entry.row.layout.unshard([shard.read() for shard in self.tensors[entry.megatron_name]])
@@ -226,6 +225,6 @@ def _check_shape(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -
         raise ValueError(f"{name} has shape {tuple(given)}, its model needs {expected}")
 
 
-def _check_dtype(name: str, given: torch.dtype, expected: torch.dtype) -> None:
+def _check_type(name: str, given: ElementType, expected: ElementType) -> None:
     if given != expected:
         raise ValueError(f"{name} is {given}, the embedding is {expected}: one type for all tensors is supported")

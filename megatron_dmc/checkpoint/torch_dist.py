@@ -11,15 +11,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_dmc.checkpoint.allowed import ALLOWED, DTYPES
 from megatron_dmc.checkpoint.bounded import confined
 from megatron_dmc.checkpoint.pickles import Name, Record, describe
 from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file, read_torch_item
+from megatron_dmc.support.element_types import ElementType
 from megatron_dmc.support.files import open_regular, read_bounded, read_json
+
+if TYPE_CHECKING:
+    import torch
 
 METADATA_BYTES_LIMIT = 1 << 30
 COMMON_STATE_KEY = "common_state/shard_0_1"
@@ -62,7 +64,7 @@ class ShardedTensor:
     """A tensor of the checkpoint, cut into chunks that cover it exactly once."""
 
     name: str
-    dtype: torch.dtype
+    element_type: ElementType
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
@@ -99,8 +101,8 @@ class TorchDistCheckpoint:
             else:
                 tensor = _fields(entry, "TensorStorageMetadata")
                 chunks = tuple(self._chunks(name, tensor["chunks"], items))
-                dtype = _dtype(tensor["properties"])
-                self.tensors[name] = ShardedTensor(name, dtype, _sizes(tensor["size"]), chunks)
+                element_type = _element_type(tensor["properties"])
+                self.tensors[name] = ShardedTensor(name, element_type, _sizes(tensor["size"]), chunks)
         if items:
             raise ValueError(
                 f"{self.directory / '.metadata'} stores {sorted(map(str, items))[0]} that it does not list"
@@ -151,6 +153,8 @@ class TorchDistCheckpoint:
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """A tensor in memory of its own; ``index``: only that entry of the first axis (a layer)."""
+        import torch
+
         tensor = self.tensors[name]
         start, stop = (0, tensor.shape[0]) if index is None else (index, index + 1)
         chunks = [chunk for chunk in tensor.chunks if chunk.offsets[0] < stop and start < chunk.end(0)]
@@ -159,7 +163,7 @@ class TorchDistCheckpoint:
         if len(chunks) == 1:
             whole = self._read_chunk(tensor, chunks[0], start - chunks[0].offsets[0], stop - chunks[0].offsets[0])
         else:
-            whole = torch.empty(shape, dtype=tensor.dtype)
+            whole = torch.empty(shape, dtype=tensor.element_type.dtype)
             for chunk in chunks:
                 first, last = max(start, chunk.offsets[0]), min(stop, chunk.end(0))
                 place = [slice(first - start, last - start)]
@@ -171,7 +175,8 @@ class TorchDistCheckpoint:
     def _read_chunk(self, tensor: ShardedTensor, chunk: Chunk, first: int, last: int) -> torch.Tensor:
         """Entries ``first .. last`` of the first axis of a chunk."""
         stored = chunk.item.open()
-        if not isinstance(stored, StoredTensor) or stored.dtype != tensor.dtype or stored.shape != chunk.sizes:
+        expected = (tensor.element_type, chunk.sizes)
+        if not isinstance(stored, StoredTensor) or (stored.element_type, stored.shape) != expected:
             raise ValueError(f"{chunk.item.path} at {chunk.item.offset} does not hold the chunk of {tensor.name}")
         return stored.rows(first, last).read()
 
@@ -206,7 +211,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
     return value
 
 
-def _dtype(properties: Any) -> torch.dtype:
+def _element_type(properties: Any) -> ElementType:
     name = properties.state[0]
     if not isinstance(name, Name) or name.name not in DTYPES:
         raise TypeError("an unknown element type")

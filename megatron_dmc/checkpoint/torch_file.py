@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import math
 import os
@@ -13,15 +12,17 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_dmc.checkpoint.allowed import ALLOWED, STORAGE_DTYPES
 from megatron_dmc.checkpoint.bounded import read_exactly
 from megatron_dmc.checkpoint.pickles import Name, Refused, describe
 from megatron_dmc.checkpoint.torch_zip import Extent, read_archive
+from megatron_dmc.support.element_types import ElementType
 from megatron_dmc.support.files import open_regular
+
+if TYPE_CHECKING:
+    import torch
 
 PICKLE_BYTES_LIMIT = 1 << 28
 """The pickle of a file: names, shapes and settings, never tensor data."""
@@ -38,63 +39,42 @@ class StoredTensor:
 
     path: Path
     offset: int
-    dtype: torch.dtype
+    element_type: ElementType
     shape: tuple[int, ...]
     contiguous: bool = True
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of its elements, as torch names it."""
+        return self.element_type.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.element_type.itemsize
 
     def rows(self, first: int, last: int) -> StoredTensor:
         """Entries ``first .. last`` of the first axis."""
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        row_bytes = math.prod(self.shape[1:]) * self.element_type.itemsize
         shape = (last - first, *self.shape[1:])
         return dataclasses.replace(self, offset=self.offset + first * row_bytes, shape=shape)
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
-        if not self.contiguous:
-            raise ValueError(f"{self.path} holds a tensor of shape {self.shape} that is not contiguous")
+        from megatron_dmc.checkpoint.tensor_memory import read_tensor  # loads torch
+
+        self._require_contiguous()
         return read_tensor(self.path, self.offset, self.dtype, self.shape)
 
+    def read_bytes(self) -> bytes:
+        """The bytes of its elements, for what is no tensor but is stored as one."""
+        self._require_contiguous()
+        with open_regular(self.path) as stream:
+            return read_exactly(stream, self.offset, self.nbytes, str(self.path))
 
-def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """``shape`` elements at ``offset`` of a file, in memory of their own; the file's pages are not kept in memory.
-
-    Raises:
-        ValueError: the file ends before.
-    """
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.numel() == 0:
-        return tensor
-    with open_regular(path) as stream:
-        raw = stream.raw  # type: ignore[attr-defined]  # past the buffer: tensors are large
-        raw.seek(offset)
-        _fill(tensor, raw, f"{path} is truncated: it ends inside a tensor behind byte {offset}")
-        os.posix_fadvise(stream.fileno(), offset, tensor.nbytes, os.POSIX_FADV_DONTNEED)
-    return tensor
-
-
-def _fill(tensor: torch.Tensor, stream: Any, truncated: str) -> None:
-    view = tensor_memory(tensor)
-    done = 0
-    while done < len(view):
-        count = stream.readinto(view[done:])
-        if not count:
-            raise ValueError(truncated)
-        done += count
-
-
-def tensor_memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, in place; the tensor lives as long as the view.
-
-    Not through numpy, which would pin the storage: a converter wants to free it early.
-    """
-    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    array.tensor = tensor  # type: ignore[attr-defined]
-    return memoryview(array).cast("B")
+    def _require_contiguous(self) -> None:
+        if not self.contiguous:
+            raise ValueError(f"{self.path} holds a tensor of shape {self.shape} that is not contiguous")
 
 
 def read_torch_file(path: Path, names: Mapping[str, Callable[..., Any] | None] = ALLOWED) -> Any:
@@ -144,14 +124,6 @@ class Archive:
         }
         return describe(self.pickle, self.what, allowed, load.storage)
 
-    def read_into(self, stream: BinaryIO, key: str) -> torch.Tensor:
-        """The bytes of a storage, in memory of their own."""
-        offset, size = self.records[f"data/{key}"]
-        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        stream.seek(self.start + offset)
-        _fill(memory, stream, f"{self.what} is truncated: it ends inside storage {key}")
-        return memory
-
 
 def open_archive(path: Path, stream: BinaryIO, start: int, length: int, what: str) -> Archive:
     """Check the zip of an archive, the bytes ``start .. start + length`` of an open file, and read its pickle.
@@ -195,15 +167,15 @@ class _StorageLoader:
         if type(identity) is not tuple or len(identity) != 5:
             raise Refused("a persistent id that is not one of a storage")
         kind, storage_type, key, location, count = identity
-        dtype = STORAGE_DTYPES.get(storage_type.name) if isinstance(storage_type, Name) else None
-        if kind != "storage" or dtype is None or type(key) is not str or type(count) is not int or count < 0:
+        element_type = STORAGE_DTYPES.get(storage_type.name) if isinstance(storage_type, Name) else None
+        if kind != "storage" or element_type is None or type(key) is not str or type(count) is not int or count < 0:
             raise Refused("a persistent id that is not one of a storage")
         if type(location) is not str or not _DEVICE.fullmatch(location):
             raise Refused("a storage on something else than a device")
         offset, size = self.records.get(f"data/{key}", (0, -1))
-        if size != count * dtype.itemsize:
-            raise ValueError(f"storage {key} has {size} bytes where {count} elements of {dtype} are announced")
-        return StoredTensor(self.path, self.start + offset, dtype, (count,))
+        if size != count * element_type.itemsize:
+            raise ValueError(f"storage {key} has {size} bytes where {count} elements of {element_type} are announced")
+        return StoredTensor(self.path, self.start + offset, element_type, (count,))
 
     def tensor(
         self, storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any
@@ -217,8 +189,8 @@ class _StorageLoader:
         reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if math.prod(shape) and max(offset + reach, math.prod(shape)) > storage.shape[0]:
             raise Refused(f"a tensor of shape {shape} at {offset} exceeds its storage of {storage.shape[0]}")
-        position = storage.offset + offset * storage.dtype.itemsize
-        return StoredTensor(storage.path, position, storage.dtype, tuple(shape), _is_contiguous(shape, stride))
+        position = storage.offset + offset * storage.element_type.itemsize
+        return StoredTensor(storage.path, position, storage.element_type, tuple(shape), _is_contiguous(shape, stride))
 
     def parameter(self, data: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
         if not isinstance(data, StoredTensor) or type(requires_grad) is not bool:

@@ -21,6 +21,7 @@ import torch
 from megatron_dmc.checkpoint.allowed import ALLOWED, STORAGE_DTYPES
 from megatron_dmc.checkpoint.nested import check_nested
 from megatron_dmc.checkpoint.pickles import describe
+from megatron_dmc.checkpoint.tensor_memory import fill
 from megatron_dmc.checkpoint.torch_file import Archive, open_archive
 from megatron_dmc.support.files import open_regular
 
@@ -93,10 +94,16 @@ class _Storages:
     def storage(self, identity: tuple[str, torch.dtype, str, str, int]) -> Any:
         _, dtype, key, location, _ = identity
         if key not in self._read:
-            memory = self._archive.read_into(self._stream, key)
-            restored = self._restore(memory.untyped_storage(), location)
+            restored = self._restore(self._memory(key).untyped_storage(), location)
             self._read[key] = torch.storage.TypedStorage(wrap_storage=restored, dtype=dtype, _internal=True)
         return self._read[key]
+
+    def _memory(self, key: str) -> torch.Tensor:
+        offset, size = self._archive.records[f"data/{key}"]
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self._stream.seek(self._archive.start + offset)
+        fill(memory, self._stream, f"{self._archive.what} is truncated: it ends inside storage {key}")
+        return memory
 
 
 def _build(data: bytes, what: str, functions: Mapping[str, Any], load_persistent: Callable[[Any], Any] | None) -> Any:
@@ -134,7 +141,7 @@ def named(full: str) -> Any:
     if full not in ALLOWED:
         raise pickle.UnpicklingError(f"{full} is not among the objects a checkpoint may hold")
     if full in STORAGE_DTYPES:
-        return STORAGE_DTYPES[full]
+        return STORAGE_DTYPES[full].dtype
     for theirs, ours in _NAMES_BY_OTHER_RELEASES.items():
         if full.startswith(theirs):
             full = ours + full.removeprefix(theirs)

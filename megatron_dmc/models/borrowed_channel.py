@@ -15,10 +15,13 @@ Legend: N query heads, G KV heads, D head dim, h hidden size.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.tensors import Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def borrowed_rows(weight: Tensor, head_dim: int) -> Tensor:

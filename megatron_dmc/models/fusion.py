@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_dmc.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VOCAB_MULTIPLE = 128
 """Megatron's --make-vocab-size-divisible-by."""
@@ -38,7 +38,7 @@ def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
     groups, hidden = config.num_kv_heads, q.shape[-1]
     queries = config.queries_per_kv_head * config.head_dim
     parts = (q.reshape(groups, queries, hidden), k.reshape(groups, -1, hidden), v.reshape(groups, -1, hidden))
-    return torch.cat(parts, dim=1).reshape(-1, hidden)
+    return _concatenate(parts, 1).reshape(-1, hidden)
 
 
 def split_qkv(fused: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,15 +80,28 @@ class Layout:
     """How Hugging Face's tensors become one of Megatron's, and how tensor parallelism cuts both.
 
     ``fuse`` and ``split`` are inverse to each other on the real rows of the vocabulary, ``shard`` and ``unshard`` on
-    every tensor whose cut axis divides by the number of shards. ``cut_axis`` is that of Hugging Face's tensors; None:
-    every rank holds all of them.
+    every tensor whose cut ``axis`` divides by the number of shards. It is the same for Hugging Face's tensors and for
+    Megatron's; None: every rank holds all of them.
     """
 
     fuse: Callable[[Sequence[Tensor], MegatronShape], Tensor]
     split: Callable[[Tensor, MegatronShape], tuple[Tensor, ...]]
     shard: Callable[[Tensor, int], list[Tensor]]
     unshard: Callable[[Sequence[Tensor]], Tensor]
-    cut_axis: int | None
+    axis: int | None
+
+    def shard_shape(self, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """The shape of each of ``count`` shards of a tensor.
+
+        Raises:
+            ValueError: its axis does not divide.
+        """
+        if self.axis is None:
+            return shape
+        size, rest = divmod(shape[self.axis], count)
+        if rest:
+            raise ValueError(f"axis {self.axis} of {shape} cannot be cut into {count} equal shards")
+        return (*shape[: self.axis], size, *shape[self.axis + 1 :])
 
 
 def _fuse_qkv(parts: Sequence[Tensor], shape: MegatronShape) -> Tensor:
@@ -110,7 +123,7 @@ def _copies(tensor: Tensor, count: int) -> list[Tensor]:
 
 
 def _first_of_equal(shards: Sequence[Tensor]) -> Tensor:
-    if any(not torch.equal(shards[0], shard) for shard in shards[1:]):
+    if any(not shards[0].equal(shard) for shard in shards[1:]):
         raise ValueError("the tensor ranks hold different copies of a tensor that they share")
     return shards[0]
 
@@ -124,7 +137,7 @@ def _cut(axis: int) -> Callable[[Tensor, int], list[Tensor]]:
 
 def _join(axis: int) -> Callable[[Sequence[Tensor]], Tensor]:
     def join(shards: Sequence[Tensor]) -> Tensor:
-        return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=axis)
+        return shards[0] if len(shards) == 1 else _concatenate(shards, axis)
 
     return join
 
@@ -132,34 +145,40 @@ def _join(axis: int) -> Callable[[Sequence[Tensor]], Tensor]:
 def _shard_gate_up(fused: Tensor, count: int) -> list[Tensor]:
     """Each rank holds its rows of the gate, then its rows of the up projection."""
     gate, up = fused.chunk(2)
-    return [torch.cat(pair) for pair in zip(gate.chunk(count), up.chunk(count), strict=True)]
+    return [_concatenate(pair) for pair in zip(gate.chunk(count), up.chunk(count), strict=True)]
 
 
 def _unshard_gate_up(shards: Sequence[Tensor]) -> Tensor:
     halves = [shard.chunk(2) for shard in shards]
-    return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    return _concatenate([gate for gate, _ in halves] + [up for _, up in halves])
 
 
-REPLICATED = Layout(_only, _alone, _copies, _first_of_equal, cut_axis=None)
-COLUMNS = Layout(_only, _alone, _cut(1), _join(1), cut_axis=1)
+def _concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    import torch  # not at the top: those who only describe checkpoints know the layouts and load no torch
+
+    return torch.cat(list(tensors), dim=axis)
+
+
+REPLICATED = Layout(_only, _alone, _copies, _first_of_equal, axis=None)
+COLUMNS = Layout(_only, _alone, _cut(1), _join(1), axis=1)
 VOCABULARY = Layout(
     fuse=lambda parts, shape: pad_vocabulary(parts[0], shape.padded_vocab_size),
     split=lambda fused, shape: (fused[: shape.config.vocab_size],),
     shard=_cut(0),
     unshard=_join(0),
-    cut_axis=0,
+    axis=0,
 )
 QKV = Layout(
     fuse=_fuse_qkv,
     split=lambda fused, shape: split_qkv(fused, shape.config),
     shard=_cut(0),
     unshard=_join(0),
-    cut_axis=0,
+    axis=0,
 )
 GATE_UP = Layout(
-    fuse=lambda parts, shape: torch.cat(list(parts)),
+    fuse=lambda parts, shape: _concatenate(parts),
     split=lambda fused, shape: fused.chunk(2),
     shard=_shard_gate_up,
     unshard=_unshard_gate_up,
-    cut_axis=0,
+    axis=0,
 )

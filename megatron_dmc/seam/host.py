@@ -9,9 +9,10 @@ GPU needs as well.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _CUDA_TYPE_PREFIX = "torch.cuda."
+# Of glibc, see mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 def needs_cpu() -> bool:
@@ -46,6 +50,19 @@ def use_cpu() -> None:
     _redirect_memory_statistics()
     _redirect_random_state()
     _DeviceRewrite().__enter__()
+
+
+def keep_memory(environment: Mapping[str, str] = os.environ) -> None:
+    """Let glibc keep the memory of freed tensors for the next ones, as torch's allocator does on a GPU.
+
+    By default it maps every large tensor anew, and the system fills it with zeros page by page. What a user asks of
+    malloc in ``environment`` stays; another C library has no such settings.
+    """
+    asked = any(name.startswith("MALLOC_") for name in environment) or "GLIBC_TUNABLES" in environment
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not asked:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 class _Redirect:

@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from megatron_dmc.support.versions import REQUIRED
 
@@ -80,6 +82,7 @@ def adapt_engine(*, cpu: bool) -> None:
     keep_adam_steps()
     if cpu:
         allow_initialization_without_cuda()
+        attend_without_scores()
 
 
 def _replace(holder: ModuleType | type, name: str, make: Callable[[Any], Any]) -> None:
@@ -108,6 +111,46 @@ def allow_initialization_without_cuda() -> None:
     """Let ``pretrain()`` start without CUDA: it never passes ``allow_no_cuda`` on."""
     module, _ = symbol("megatron.training.training", "initialize_megatron", ("allow_no_cuda",))
     _replace(module, "initialize_megatron", lambda original: functools.partial(original, allow_no_cuda=True))
+
+
+def attend_without_scores() -> None:
+    """Let Megatron's causal attention call torch's flash kernel, as Transformer Engine's does on a GPU.
+
+    Its own, which is all there is on a CPU, writes the scores of every head and several copies of them to memory: a
+    third of a step's time.
+    """
+    _, attention = symbol(
+        "megatron.core.transformer.dot_product_attention", "DotProductAttention", ("attn_mask_type", "softmax_scale")
+    )
+    _replace(attention, "forward", _with_flash)
+
+
+def _with_flash(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def attend(
+        self: Any,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        **others: Any,
+    ) -> Tensor:
+        asked = [attention_mask, *others.values()]
+        if not _is_plain_causal(self) or any(value is not None for value in asked):
+            return forward(self, query_SBND, key_SBGD, value_SBGD, attention_mask, attn_mask_type, **others)
+        q, k, v = (x_SBND.permute(1, 2, 0, 3) for x_SBND in (query_SBND, key_SBGD, value_SBGD))
+        out_BNSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
+        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+    return attend
+
+
+def _is_plain_causal(attention: Any) -> bool:
+    """Whether a ``DotProductAttention`` computes causal attention and nothing else."""
+    softmax = attention.scale_mask_softmax
+    special = (softmax.scale, softmax.window_size, attention.softmax_offset)
+    drops = attention.training and attention.attention_dropout.p > 0
+    return softmax.attn_mask_type.name == "causal" and all(setting is None for setting in special) and not drops
 
 
 def after_each_step(observe: Callable[[dict[str, Any]], None]) -> None:

@@ -83,6 +83,7 @@ def prepare(argv: list[str]) -> Run:
     complete_environment()
     argv = _complete(argv, given, start, stage)
     if host.needs_cpu():
+        host.keep_memory()
         host.use_cpu()
     from megatron_dmc.seam import megatron_compat
 

@@ -26,7 +26,7 @@ def _write(path, header, data: bytes = b"", length: int | None = None) -> None:
 )
 def test_what_the_library_writes_is_read(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("safetensors") / "a.safetensors"
-    made = {name: torch.zeros(shape).to(DTYPES[dtype]) for name, (dtype, shape) in tensors.items()}
+    made = {name: torch.zeros(shape).to(DTYPES[dtype].dtype) for name, (dtype, shape) in tensors.items()}
     save_file(made, path, metadata={"format": "pt"})
     header = read_safetensors_header(path)
     assert header.metadata == {"format": "pt"}

@@ -13,7 +13,7 @@ def test_a_part_is_that_of_the_whole_in_memory_of_its_own(kind, request, tmp_pat
     directory = request.getfixturevalue("legacy" if kind == "legacy" else "torch_dist")
     source = open_source(tmp_path / "hf" if kind == "hugging face" else directory.parent)
     for name, (entry, _) in by_hf_name(source.config).items():
-        whole, axis = source.tensor(name), entry.row.layout.cut_axis
+        whole, axis = source.tensor(name), entry.row.layout.axis
         if axis is None:
             assert whole.ndim == 1
             continue

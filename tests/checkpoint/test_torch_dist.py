@@ -33,7 +33,7 @@ def test_torch_reads_the_same(torch_dist):
     ours = TorchDistCheckpoint(torch_dist)
     theirs = FileSystemReader(torch_dist).read_metadata()
     assert ours.tensors.keys() | ours.objects.keys() == theirs.state_dict_metadata.keys()
-    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in ours.tensors.items()}
+    state = {name: torch.empty(tensor.shape, dtype=tensor.element_type.dtype) for name, tensor in ours.tensors.items()}
     torch.distributed.checkpoint.load(state, storage_reader=FileSystemReader(torch_dist), no_dist=True)
     for name, tensor in state.items():
         assert torch.equal(ours.read(name), tensor)

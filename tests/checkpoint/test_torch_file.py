@@ -11,7 +11,8 @@ import torch
 
 from megatron_dmc.checkpoint.allowed import ALLOWED
 from megatron_dmc.checkpoint.pickles import describe
-from megatron_dmc.checkpoint.torch_file import StoredTensor, read_tensor, read_torch_file
+from megatron_dmc.checkpoint.tensor_memory import read_tensor
+from megatron_dmc.checkpoint.torch_file import StoredTensor, read_torch_file
 from tests.checkpoint.archives import Record, archive_of, records_of
 
 
@@ -41,6 +42,7 @@ def test_tensors_are_read_as_torch_reads_them(saved):
         assert isinstance(ours[name], StoredTensor)
         assert torch.equal(ours[name].read(), theirs[name].detach())
         assert ours[name].dtype == theirs[name].dtype
+        assert ours[name].read_bytes() == bytes(theirs[name].detach().clone().untyped_storage())
     assert torch.equal(ours["model"]["w"].read(), theirs["model"]["w"])
     assert torch.equal(ours["model"]["tail"].read(), theirs["model"]["tail"])
     assert torch.equal(ours["model"]["w"].rows(1, 3).read(), theirs["model"]["w"][1:3])
@@ -50,8 +52,9 @@ def test_tensors_are_read_as_torch_reads_them(saved):
 def test_a_tensor_that_is_not_contiguous_is_described_but_not_read(saved):
     strided = read_torch_file(saved)["strided"]
     assert strided.shape == (6, 4)
-    with pytest.raises(ValueError, match="contiguous"):
-        strided.read()
+    for read in (strided.read, strided.read_bytes):
+        with pytest.raises(ValueError, match="contiguous"):
+            read()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.99])

@@ -1,6 +1,8 @@
 """``megatron-dmc convert``: exit codes, messages, plans and what ``inspect`` tells."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,6 +116,20 @@ def test_inspect_names_a_hostile_file(source, tmp_path, capsys):
     assert _run("inspect", tmp_path / "m") == 1
     assert "system" in capsys.readouterr().err
     assert not (tmp_path / "marker").exists()
+
+
+def test_inspect_loads_no_torch(source, tmp_path):
+    """It reads headers and descriptions: of every format, those of the tensors included."""
+    for format_ in ("torch_dist", "torch"):
+        assert _run("import", source, tmp_path / format_, "--no-verify", "--format", format_) == 0
+    paths = [str(source), str(tmp_path / "torch_dist"), str(tmp_path / "torch")]
+    code = (
+        "import sys; from megatron_dmc.cli import main\n"
+        f"assert not any(main(['convert', 'inspect', path]) for path in {paths})\n"
+        "print([name for name in ('torch', 'numpy', 'safetensors') if name in sys.modules])"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.splitlines()[-1] == "[]"
 
 
 def test_inspect_tells_the_settings_of_dmc(tmp_path, capsys):

@@ -47,7 +47,7 @@ def test_every_entry_survives_fusing_and_cutting(case):
         fused = layout.fuse(parts, shape)
         assert tuple(fused.shape) == entry.megatron_shape(shape)
         shards = layout.shard(fused, tensor_size)
-        assert len(shards) == tensor_size
+        assert [shard.shape for shard in shards] == [layout.shard_shape(fused.shape, tensor_size)] * tensor_size
         assert torch.equal(layout.unshard(shards), fused)
         for part, again in zip(parts, layout.split(fused, shape), strict=True):
             assert torch.equal(part, again)
@@ -91,6 +91,13 @@ def test_a_rank_of_gate_and_up_holds_both():
     gate, up = torch.arange(4)[:, None], torch.arange(10, 14)[:, None]
     shards = fusion.GATE_UP.shard(torch.cat([gate, up]), 2)
     assert [shard.flatten().tolist() for shard in shards] == [[0, 1, 10, 11], [2, 3, 12, 13]]
+
+
+def test_a_shape_that_does_not_divide_is_refused():
+    assert fusion.REPLICATED.shard_shape((5, 3), 2) == (5, 3)
+    for layout in (fusion.COLUMNS, fusion.VOCABULARY, fusion.QKV, fusion.GATE_UP):
+        with pytest.raises(ValueError, match="2 equal shards"):
+            layout.shard_shape((5, 3), 2)
 
 
 def test_copies_that_differ_are_noticed():

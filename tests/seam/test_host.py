@@ -1,5 +1,7 @@
 """host.use_cpu redirects CUDA once, and only where an entry point asks for it."""
 
+import platform
+import statistics
 import subprocess
 import sys
 
@@ -78,3 +80,33 @@ except RuntimeError as error:
 """
     )
     assert "before megatron.core is imported" in printed
+
+
+def page_faults(**asked):
+    """Of making and freeing a tensor of 64 MB, at first and on average after twenty."""
+    printed = run_python(
+        f"""
+import resource, torch
+from megatron_dmc.seam import host
+host.keep_memory({asked})
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(1 << 24).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*[faults() for _ in range(40)])
+"""
+    )
+    counts = [int(count) for count in printed.split()]
+    return counts[0], statistics.mean(counts[20:])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_of_freed_tensors_is_used_again():
+    first, later = page_faults()
+    assert first > 4 * later
+
+
+@pytest.mark.parametrize("asked", [{"MALLOC_ARENA_MAX": "1"}, {"GLIBC_TUNABLES": "glibc.malloc.check=3"}])
+def test_what_a_user_asks_of_malloc_stays(asked):
+    first, later = page_faults(**asked)
+    assert later > first / 2

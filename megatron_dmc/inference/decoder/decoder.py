@@ -87,7 +87,7 @@ class Decoder:
         def load(role: str, layer: int | None = None) -> Tensor:
             name = hf_name(config, role, layer)
             entry, place = by_hf_name(config)[name]
-            shape, axis, cut = entry.hf_shapes(config)[place], entry.row.layout.cut_axis, None
+            shape, axis, cut = entry.hf_shapes(config)[place], entry.row.layout.axis, None
             if axis is not None and self.parallel.size > 1:
                 cut = self.parallel.cut(axis, shape[axis])
                 shape = cut.shape(shape)
