@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from megatron_dmc.inference.request import Request
 
@@ -25,6 +26,36 @@ class Share:
     def observe(self, part: float, whole: float) -> None:
         """Let ``part`` of ``whole`` count."""
         self._part, self._whole = MEMORY * self._part + part, MEMORY * self._whole + whole
+
+
+class ExpectedText(NamedTuple):
+    """What a text is expected to need from now on."""
+
+    num_steps: int
+    """Until its end, at least 1."""
+    at_once: int
+    """Blocks when its prompt was read."""
+    later: int
+    """Blocks beside, step by step until its end."""
+    held: int
+    """Blocks that it holds when its prompt was read, and that are free after its end, with the later ones."""
+
+
+def most_blocks(texts: Iterable[ExpectedText]) -> float:
+    """Blocks that texts need beside those that they hold, at the time when they need most.
+
+    Those that end give their blocks to the others: there are as many candidates for that time as texts, each the step
+    before one ends.
+    """
+    longest_first = sorted(texts, reverse=True)
+    at_once = sum(text.at_once for text in longest_first)
+    given_back = sum(text.held for text in longest_first)
+    most, per_step = float(at_once), 0.0
+    for text in longest_first:
+        per_step += text.later / text.num_steps
+        given_back -= text.held
+        most = max(most, at_once + per_step * text.num_steps - given_back)
+    return most
 
 
 class Expectation:
@@ -71,21 +102,22 @@ class Expectation:
         """Blocks of a sequence of so many tokens; every head has at least one."""
         return max(self.num_heads, math.ceil(self._held.value * self._uncompressed(num_tokens))) if num_tokens else 0
 
-    def growth(self, request: Request) -> int:
-        """Blocks that a request will need beside those of the tokens that it has read."""
-        at_end = self.blocks(len(request.prompt) + self._new_tokens(request))
-        return max(0, at_end - self.blocks(request.num_read))
+    def text(self, request: Request) -> ExpectedText:
+        """What a request will need beside the blocks of the tokens that it has read."""
+        num_new = max(len(request.output) + 1, math.ceil(self._written.value * request.sampling.max_new_tokens))
+        now = self.blocks(request.num_read)
+        read = self.blocks(len(request.prompt) + len(request.output))
+        end = self.blocks(len(request.prompt) + num_new)
+        if not self._learns:
+            read = end
+        return ExpectedText(num_new - len(request.output), max(0, read - now), max(0, end - read), max(read, now))
 
-    def growth_of_sample(self, request: Request) -> int:
-        """The same for one more sample of its prompt, which may share all blocks of it but the last of every head."""
-        shared = self._own_prompt(request) - self.num_heads if self._shares else 0
-        return self.growth(request) - shared
-
-    def _own_prompt(self, request: Request) -> int:
-        return self.blocks(len(request.prompt)) - self.blocks(request.num_read)
-
-    def _new_tokens(self, request: Request) -> int:
-        return max(len(request.output), math.ceil(self._written.value * request.sampling.max_new_tokens))
+    def sample(self, request: Request) -> ExpectedText:
+        """The same for one more sample of a prompt, which may share all blocks of it but the last of every head."""
+        text = self.text(request)
+        if not self._shares:
+            return text
+        return text._replace(at_once=self.num_heads, held=self.num_heads)
 
     def _uncompressed(self, num_tokens: int) -> int:
         num_entries = num_tokens if self._most_entries is None else self._most_entries(num_tokens)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_dmc.inference.expectation import Expectation
+from megatron_dmc.inference.expectation import Expectation, most_blocks
 from megatron_dmc.inference.request import Request
 
 DEFAULT_PREFILL_TOKENS = 8192
@@ -158,26 +158,25 @@ class Scheduler:
 
 
 class _Room:
-    """Rows and blocks that are free once the running requests got what they are expected to need."""
+    """Rows and blocks for requests beside those that run."""
 
     def __init__(
         self, expectation: Expectation, running: Sequence[Request], num_free_rows: int, num_free_blocks: int
     ) -> None:
         self._expectation = expectation
         self._rows = num_free_rows
-        # The next token of each may take one more block of every head than was expected.
-        self._blocks = num_free_blocks - expectation.num_heads * len(running) - sum(map(expectation.growth, running))
+        # What a text needs varies: one block of every head stays free.
+        self._blocks = num_free_blocks - expectation.num_heads
+        self._texts = [expectation.text(request) for request in running]
 
     def takes(self, request: Request, samples: Sequence[Request], *, is_alone: bool) -> bool:
         """Whether a request and the samples of its prompt find room, which they take; one that is alone must try."""
         rows = (request.row is None) + len(samples)
         if rows > self._rows and not (is_alone and self._rows >= (request.row is None)):
             return False
-        expected = self._expectation
-        blocks = expected.growth(request) + sum(map(expected.growth_of_sample, samples))
-        blocks += expected.num_heads * (1 + len(samples))
-        if blocks > self._blocks and not is_alone:
+        texts = [*self._texts, self._expectation.text(request), *map(self._expectation.sample, samples)]
+        if most_blocks(texts) > self._blocks and not is_alone:
             return False
         self._rows -= rows
-        self._blocks -= blocks
+        self._texts = texts
         return True
