@@ -67,6 +67,9 @@ class Expectation:
         most_entries: how many a head keeps at most of so many tokens; None: all of them.
         learns: whether what others needed counts. Where a request cannot be read again, only the worst is safe.
         shares: whether samples of a prompt share its blocks.
+
+    Attributes:
+        num_changes: how often it changed; as long as it did not, it answers the same.
     """
 
     def __init__(
@@ -83,19 +86,23 @@ class Expectation:
         self._most_entries = most_entries
         self._learns, self._shares = learns, shares
         self._held, self._written = Share(), Share()
+        self.num_changes = 0
 
     def observe_held(self, blocks: int, num_tokens: int) -> None:
         """``num_tokens`` of a sequence were found to need so many blocks over all heads."""
         if self._learns:
+            self.num_changes += 1
             self._held.observe(blocks, self._uncompressed(num_tokens))
 
     def observe_written(self, request: Request) -> None:
         """A text reached its end by itself."""
         if self._learns:
+            self.num_changes += 1
             self._written.observe(len(request.output), request.sampling.max_new_tokens)
 
     def forget(self) -> None:
         """Expect the worst again: it happened."""
+        self.num_changes += 1
         self._held, self._written = Share(), Share()
 
     def blocks(self, num_tokens: int) -> int:
