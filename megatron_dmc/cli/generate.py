@@ -53,13 +53,11 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(args, opened)
     ends = end_tokens(opened.source.companions, tokenizer)
     requests = _requests(args, prompts, opened, tokenizer, ends)
-    engine = _engine(args, opened, tokenizer, requests)
+    engine = _engine(args, opened, tokenizer, _good(requests))
     say_what_was_taken(args, tokenizer, ends)
     streams = sys.stdout.isatty() and len(requests) == 1 and not args.json
-    _generate(engine, requests, prompts[0] if streams else None)
-    failed = [request for request in requests if request.error]
-    if len(failed) == len(requests):
-        raise ValueError(failed[0].error)
+    _generate(engine, _good(requests), prompts[0] if streams else None)
+    _good(requests)
     _name_tokens_without_text(requests, tokenizer)
     usage = CacheUsage.total([request.usage for request in requests if request.usage is not None])
     if args.json:
@@ -70,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             print("" if streams else prompt + request.text, end="\n\n")
         print(usage.summary())
         print(engine.speed.summary(), file=sys.stderr)
+    failed = [request for request in requests if request.error]
     if failed:
         raise ValueError(f"{len(failed)} of {len(requests)} texts failed: {failed[0].error}")
     return 0
@@ -90,7 +89,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 def _requests(
     args: argparse.Namespace, prompts: Sequence[str], opened: OpenedModel, tokenizer: Tokenizer, ends: EndTokens
 ) -> list[Request]:
-    """One for every text; those of one prompt are samples of it."""
+    """One for every text; those of one prompt are samples of it. Those that the model cannot read have failed."""
     from megatron_dmc.inference.request import Request, check_request
 
     sampling = dataclasses.replace(
@@ -99,10 +98,22 @@ def _requests(
     requests: list[Request] = []
     for index in range(0, len(prompts), args.n):
         ids = tokenizer.encode_prompt(prompts[index])
-        first = Request(ids, dataclasses.replace(sampling, seed=args.seed + index))
-        check_request(index // args.n, first, opened.source.config)
-        requests += first.samples(args.n)
+        samples = Request(ids, dataclasses.replace(sampling, seed=args.seed + index)).samples(args.n)
+        try:
+            check_request(index // args.n, samples[0], opened.source.config)
+        except ValueError as error:
+            for sample in samples:
+                sample.fail(str(error))
+        requests += samples
     return requests
+
+
+def _good(requests: list[Request]) -> list[Request]:
+    """Requests that have not failed. Raises ``ValueError`` where all have."""
+    good = [request for request in requests if not request.error]
+    if not good:
+        raise ValueError(requests[0].error)
+    return good
 
 
 def _engine(args: argparse.Namespace, opened: OpenedModel, tokenizer: Tokenizer, requests: list[Request]) -> Engine:

@@ -1,6 +1,7 @@
 """``megatron-dmc generate``: texts, the size of the cache, and mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -140,6 +141,43 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(model, command, 
     said = capsys.readouterr().err
     assert "of weights" in said
     assert "lower --" in said
+
+
+def test_a_prompt_that_fails_leaves_the_others_alone(model, tmp_path, capsys):
+    long = "def step_7(x): " * 40
+    options = ["--max-new-tokens", "5", "--ignore-eod", "--n", "2", "--json"]
+    prompts = ["--prompt", "def", "--prompt", long, "--prompt", "return"]
+    assert main(["generate", "--model", str(model), *prompts, *options]) == 1
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)["results"]
+    assert [one["finish_reason"] for one in results] == ["length"] * 2 + ["error"] * 2 + ["length"] * 2
+    assert "2 of 6 texts failed: prompt 1 has" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"dmc": None}, "dmc"),
+        ({"vocab_size": 999}, "config.json asks for"),
+        ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        (b"", "truncated"),
+        (b"\x00" * 100, "model.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate --prompt def --max-new-tokens 3", "chat --chat-template template.jinja"])
+def test_a_damaged_directory_is_refused_in_one_line(model, tmp_path, monkeypatch, capsys, damage, message, command):
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    if isinstance(damage, bytes):
+        (tmp_path / "model" / "model.safetensors").write_bytes(damage)
+    else:
+        config = json.loads((tmp_path / "model" / "config.json").read_text()) | damage
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert main([*command.split(), "--model", "model"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(model, tmp_path, capsys):
