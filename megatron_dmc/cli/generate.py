@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megatron_dmc.inference.request import Request
 
 PROMPTS_FILE = 'one prompt per line; with the suffix .jsonl one object {"prompt": ...} per line'
+MAX_SAMPLES = 1024
 DESCRIPTION = """Continues prompts and prints what the cache held beside what an uncompressed one would hold, and how
 fast it went. One prompt is streamed to a terminal. A prompt begins with what the tokenizer puts first, unless it begins
 so itself. A text ends at every eos_token_id of the model's generation_config.json, or else of its config.json, and
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
 def _prompts(args: argparse.Namespace) -> list[str]:
     from megatron_dmc.data.prompts import check_text, read_prompts
 
-    if args.n < 1:
-        raise ValueError(f"n={args.n}: must be at least 1 text per prompt")
+    if not 1 <= args.n <= MAX_SAMPLES:
+        raise ValueError(f"n={args.n}: must be in 1..{MAX_SAMPLES} texts per prompt")
     if args.prompt is None:
         return read_prompts(args.prompts_file)
     for number, prompt in enumerate(args.prompt, start=1):
