@@ -11,6 +11,7 @@ from megatron_dmc.cli import main
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data.sentencepiece_training import train_tokenizer
 from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.memory_need import DeviceMemory
 from tests.inference.model_directory import TEXT, write_model
 
@@ -142,6 +143,29 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(model, command, 
     said = capsys.readouterr().err
     assert "of weights" in said
     assert "lower --" in said
+
+
+def test_the_memory_fraction_sizes_the_cache_and_changes_no_text(model, capsys, monkeypatch):
+    prompts = [word for prompt in ("def", "return", "x * 3", "step") for word in ("--prompt", prompt)]
+    arguments = ["generate", "--model", str(model), *prompts, "--max-new-tokens", "60", "--ignore-eod", "--json"]
+    arguments += ["--prefill-chunk", "8", "--block-size", "4"]
+    assert main(arguments) == 0
+    expected = json.loads(capsys.readouterr().out)
+    sizes, make = [], Engine.__init__
+
+    def noted(self, *args, num_blocks, **options):
+        sizes.append(num_blocks)
+        make(self, *args, num_blocks=num_blocks, **options)
+
+    monkeypatch.setattr(Engine, "__init__", noted)
+    for fraction in ("0.9", "0.48"):
+        monkeypatch.setattr(DeviceMemory, "of", lambda device: DeviceMemory(800_000, 1_000_000))
+        assert main([*arguments, "--memory-fraction", fraction]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [one["tokens"] for one in found["results"]] == [one["tokens"] for one in expected["results"]]
+    assert sizes[0] > 2 * sizes[1]
+    # Four texts of 60 tokens and more would need 4 heads times 16 blocks each, without compression.
+    assert sizes[1] < 4 * 4 * 16
 
 
 def test_a_prompt_that_fails_leaves_the_others_alone(model, tmp_path, capsys):
