@@ -7,6 +7,7 @@ import torch
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.engine import Engine
+from megatron_dmc.inference.expectation import ExpectedText
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.models.hugging_face import to_hf_config
@@ -32,7 +33,7 @@ def finish(engine, requests):
 def hopeful(engine):
     """Let an engine expect that requests need nothing; returns those that lose their memory."""
     engine.expectation.num_heads = 0
-    engine.expectation.growth = lambda request: 0
+    engine.expectation.text = engine.expectation.sample = lambda request: ExpectedText(1, 0, 0, 0)
     preempted, give_back = [], engine.scheduler.give_back
     engine.scheduler.give_back = lambda requests: (preempted.extend(requests), give_back(requests))
     return preempted
@@ -215,6 +216,19 @@ def test_impossible_prompts_are_refused_before_any_work(prompt, max_new_tokens, 
             ]
         )
     assert not engine.is_busy
+
+
+def test_what_is_refused_leaves_what_runs_alone():
+    engine, sampling = Engine(tiny_model()), SamplingParams(max_new_tokens=5)
+    expected = Engine(engine.model).generate(PROMPTS, sampling)
+    requests = [Request(list(prompt), sampling) for prompt in PROMPTS]
+    engine.submit(requests)
+    engine.step()
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        engine.submit([Request([1], sampling), Request([], sampling)])
+    finish(engine, [])
+    assert [request.output for request in requests] == [request.output for request in expected]
+    assert_empty(engine)
 
 
 def test_weights_of_another_shape_are_refused():
