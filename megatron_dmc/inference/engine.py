@@ -211,9 +211,11 @@ class Engine:
         requests, places = self._with_samples(batch)
         if not requests:
             return
-        logits_BV = logits_BV[places]
+        if places != list(range(len(logits_BV))):
+            logits_BV = logits_BV[places]
         sane = logits_BV.isfinite().all(dim=-1).tolist()
-        logits_BV = logits_BV.nan_to_num()
+        if not all(sane):
+            logits_BV = logits_BV.nan_to_num()
         tokens = self.sampler.next_tokens(requests, logits_BV)
         logprobs = self.sampler.logprobs(requests, logits_BV, tokens)
         for request, token, logprob, is_sane in zip(requests, tokens, logprobs, sane, strict=True):

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_dmc.inference.expectation import Expectation
+from megatron_dmc.inference.expectation import Expectation, most_blocks
 from megatron_dmc.inference.request import Request
 
 DEFAULT_PREFILL_TOKENS = 8192
@@ -69,6 +69,8 @@ class Scheduler:
         self._samples: dict[Request, list[Request]] = {}
         """Source -> waiting samples of its prompt, until it was read."""
         self._is_full = False
+        self._refused_at: tuple[int, int, int] | None = None
+        """Free rows and blocks, and the age of the expectation, when the first that waits found no room."""
 
     @property
     def is_busy(self) -> bool:
@@ -123,7 +125,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it stands."""
-        self._is_full = False
+        self._is_full, self._refused_at = False, None
         self._samples.pop(request, None)
         if request in self.running:
             self.running.remove(request)
@@ -133,7 +135,9 @@ class Scheduler:
                 self._samples[request.source].remove(request)
 
     def _admit(self, num_free_rows: int, num_free_blocks: int) -> list[Request]:
-        if not self.waiting or (self._is_full and self.running):
+        if not self.waiting or (
+            self.running and (self._is_full or self._stays_refused(num_free_rows, num_free_blocks))
+        ):
             return []
         room = _Room(self.expectation, self.running, num_free_rows, num_free_blocks)
         admitted: list[Request] = []
@@ -146,7 +150,9 @@ class Scheduler:
                 continue
             is_first = not admitted
             if not room.takes(first, self._samples.get(first, ()), is_alone=is_first and not self.running):
-                self.is_short = is_first
+                if is_first:
+                    self.is_short = True
+                    self._refused_at = (num_free_rows, num_free_blocks, self.expectation.num_changes)
                 break
             if not is_first and (self._is_full or tokens < first.num_unread):
                 break
@@ -156,28 +162,34 @@ class Scheduler:
         self.running += admitted
         return admitted
 
+    def _stays_refused(self, num_free_rows: int, num_free_blocks: int) -> bool:
+        """Whether nothing has changed for the better since the first that waits found no room."""
+        if self._refused_at is None:
+            return False
+        rows, blocks, age = self._refused_at
+        return num_free_rows <= rows and num_free_blocks <= blocks and age == self.expectation.num_changes
+
 
 class _Room:
-    """Rows and blocks that are free once the running requests got what they are expected to need."""
+    """Rows and blocks for requests beside those that run."""
 
     def __init__(
         self, expectation: Expectation, running: Sequence[Request], num_free_rows: int, num_free_blocks: int
     ) -> None:
         self._expectation = expectation
         self._rows = num_free_rows
-        # The next token of each may take one more block of every head than was expected.
-        self._blocks = num_free_blocks - expectation.num_heads * len(running) - sum(map(expectation.growth, running))
+        # What a text needs varies: one block of every head stays free.
+        self._blocks = num_free_blocks - expectation.num_heads
+        self._texts = [expectation.text(request) for request in running]
 
     def takes(self, request: Request, samples: Sequence[Request], *, is_alone: bool) -> bool:
         """Whether a request and the samples of its prompt find room, which they take; one that is alone must try."""
         rows = (request.row is None) + len(samples)
         if rows > self._rows and not (is_alone and self._rows >= (request.row is None)):
             return False
-        expected = self._expectation
-        blocks = expected.growth(request) + sum(map(expected.growth_of_sample, samples))
-        blocks += expected.num_heads * (1 + len(samples))
-        if blocks > self._blocks and not is_alone:
+        texts = [*self._texts, self._expectation.text(request), *map(self._expectation.sample, samples)]
+        if most_blocks(texts) > self._blocks and not is_alone:
             return False
         self._rows -= rows
-        self._blocks -= blocks
+        self._texts = texts
         return True

@@ -7,6 +7,7 @@ import torch
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.engine import Engine
+from megatron_dmc.inference.expectation import ExpectedText
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.models.hugging_face import to_hf_config
@@ -32,7 +33,7 @@ def finish(engine, requests):
 def hopeful(engine):
     """Let an engine expect that requests need nothing; returns those that lose their memory."""
     engine.expectation.num_heads = 0
-    engine.expectation.growth = lambda request: 0
+    engine.expectation.text = engine.expectation.sample = lambda request: ExpectedText(1, 0, 0, 0)
     preempted, give_back = [], engine.scheduler.give_back
     engine.scheduler.give_back = lambda requests: (preempted.extend(requests), give_back(requests))
     return preempted

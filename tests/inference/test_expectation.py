@@ -1,8 +1,10 @@
 """What requests are expected to need."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_dmc.inference.expectation import Expectation
+from megatron_dmc.inference.expectation import Expectation, ExpectedText, most_blocks
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.sampling import SamplingParams
 
@@ -13,12 +15,18 @@ def request(length, max_new_tokens=8, num_written=0, num_read=0):
     return made
 
 
+def at_end(expectation, request):
+    text = expectation.text(request)
+    return text.at_once + text.later
+
+
 def test_at_first_nothing_is_merged_and_texts_get_their_full_length():
     expectation = Expectation(num_heads=6, block_size=4)
     assert expectation.blocks(0) == 0
     assert expectation.blocks(9) == 6 * 3
-    assert expectation.growth(request(10, max_new_tokens=3)) == 6 * 4
-    assert expectation.growth(request(10, max_new_tokens=3, num_read=5)) == 6 * (4 - 2)
+    assert expectation.text(request(10, max_new_tokens=5)) == (5, 6 * 3, 6, 6 * 3)
+    assert expectation.text(request(10, max_new_tokens=5, num_read=5)) == (5, 6, 6, 6 * 3)
+    assert expectation.text(request(10, max_new_tokens=5, num_read=12, num_written=3)) == (2, 6, 0, 6 * 4)
 
 
 def test_what_texts_held_and_wrote_is_expected_of_others():
@@ -27,8 +35,8 @@ def test_what_texts_held_and_wrote_is_expected_of_others():
         expectation.observe_held(6 * 10, num_tokens=80)
         expectation.observe_written(request(10, max_new_tokens=100, num_written=20))
     assert expectation.blocks(80) == 6 * 10
-    assert expectation.growth(request(60, max_new_tokens=100)) == 6 * 10
-    assert expectation.growth(request(60, max_new_tokens=100, num_written=60, num_read=119)) == 0
+    assert expectation.text(request(60, max_new_tokens=100)) == (20, 45, 15, 45)
+    assert at_end(expectation, request(60, max_new_tokens=100, num_written=60, num_read=119)) < 6, "a token"
     assert expectation.blocks(1) == 6, "every head has a block"
 
 
@@ -48,13 +56,32 @@ def test_what_cannot_be_read_again_is_expected_by_the_most_that_it_keeps():
     for _ in range(10):
         expectation.observe_held(6, num_tokens=80)
         expectation.observe_written(request(10, max_new_tokens=100, num_written=1))
-    assert expectation.blocks(80) == expectation.growth(request(10, max_new_tokens=100)) == 6 * 4
+    assert expectation.blocks(80) == 6 * 4
+    assert expectation.text(request(10, max_new_tokens=100)) == (100, 6 * 4, 0, 6 * 4)
     assert expectation.blocks(9) == 6 * 3
 
 
 def test_more_samples_share_the_prompt_but_its_last_blocks():
-    expectation = Expectation(num_heads=6, block_size=4)
     sample = request(40, max_new_tokens=8)
-    assert expectation.growth(sample) == 6 * 12
-    assert expectation.growth_of_sample(sample) == 6 * (12 - 10 + 1)
-    assert Expectation(num_heads=6, block_size=4, shares=False).growth_of_sample(sample) == 6 * 12
+    expectation = Expectation(num_heads=6, block_size=4)
+    assert expectation.text(sample) == (8, 6 * 10, 6 * 2, 6 * 10)
+    assert expectation.sample(sample) == (8, 6, 6 * 2, 6)
+    assert Expectation(num_heads=6, block_size=4, shares=False).sample(sample) == (8, 60, 12, 60)
+
+
+@given(
+    st.lists(
+        st.builds(ExpectedText, st.integers(1, 12), st.integers(0, 9), st.integers(0, 12), st.integers(0, 20)),
+        max_size=6,
+    )
+)
+def test_the_most_is_that_of_a_run_step_by_step(texts):
+    texts = [text._replace(held=max(text.held, text.at_once)) for text in texts]
+    most = 0.0
+    for step in range(max((text.num_steps for text in texts), default=0) + 1):
+        needed = sum(
+            text.at_once + text.later * step / text.num_steps if step <= text.num_steps else text.at_once - text.held
+            for text in texts
+        )
+        most = max(most, needed)
+    assert most_blocks(texts) == pytest.approx(most)

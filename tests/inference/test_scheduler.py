@@ -78,15 +78,15 @@ def test_who_lost_its_memory_is_first_and_waits_until_somebody_leaves():
 
 
 def test_admission_leaves_room_for_what_runs():
-    """Blocks of 4 for 2 heads: a prompt of 8 and 8 more tokens need 8 of them at their end, and 2 beside."""
+    """Blocks of 4 for 2 heads: a prompt of 8 and 8 more tokens need 8 of them at their end, and 2 stay free."""
     scheduler = scheduler_of()
     scheduler.add(requests(8, 8, 8, max_new_tokens=8))
-    read(scheduler.next(num_free_rows=8, num_free_blocks=29))
+    read(scheduler.next(num_free_rows=8, num_free_blocks=25))
     assert len(scheduler.running) == 2
-    # 8 blocks are held; the running ones are to get 8 more, and 4 beside.
-    assert scheduler.next(num_free_rows=6, num_free_blocks=21).requests == scheduler.running
+    # 8 blocks are held; the running ones are to get 8 more.
+    assert scheduler.next(num_free_rows=6, num_free_blocks=17).requests == scheduler.running
     assert scheduler.is_short
-    assert len(scheduler.next(num_free_rows=6, num_free_blocks=22).requests) == 1
+    assert len(scheduler.next(num_free_rows=6, num_free_blocks=18).requests) == 1
     assert not scheduler.is_short
 
 

@@ -10,6 +10,7 @@ from megatron_dmc.cli import main
 from megatron_dmc.evaluation.perplexity import DECODE, evaluate
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.engine import Engine
+from megatron_dmc.inference.expectation import ExpectedText
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.ops.rope import apply_rope, cos_sin
 from tests.inference.model_directory import write_model
@@ -81,8 +82,7 @@ def test_a_full_cache_fails_what_cannot_be_read_again_alike(policy):
     engine = Engine(Decoder(RandomSource(tiny_llama()), method=policy), block_size=4, num_blocks=22, max_sequences=2)
     prompts, sampling = [[1] * 6, [2] * 6], SamplingParams(max_new_tokens=20)
     assert [one.finish_reason for one in engine.generate(prompts, sampling)] == ["length"] * 2, "one after the other"
-    engine.expectation.growth = lambda request: 0
-    engine.expectation.num_heads = 0
+    engine.expectation.text = lambda request: ExpectedText(1, 0, 0, 0)
     assert [one.finish_reason for one in engine.generate(prompts, sampling)] == ["length", "error"]
 
 
