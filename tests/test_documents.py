@@ -30,6 +30,14 @@ def commands(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def started_by_torchrun() -> list[tuple[str, str]]:
+    """Commands of the program that torchrun starts, as they are called without it."""
+    module = "-m megatron_dmc "
+    return [
+        (path, "megatron-dmc " + line.split(module)[1]) for path, line in all_commands("torchrun") if module in line
+    ]
+
+
 def all_commands(program: str) -> list[tuple[str, str]]:
     return [
         (path.relative_to(ROOT).as_posix(), line)
@@ -39,7 +47,7 @@ def all_commands(program: str) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("document", "line"), all_commands("megatron-dmc"))
+@pytest.mark.parametrize(("document", "line"), all_commands("megatron-dmc") + started_by_torchrun())
 def test_commands_parse(document, line):
     words = shlex.split(line)
     arguments = words[next(index for index, word in enumerate(words) if word.endswith("megatron-dmc")) + 1 :]

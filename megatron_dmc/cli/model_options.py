@@ -151,7 +151,8 @@ def device_of(asked: str | None, parallel: TensorParallel) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; cpu always works") from error
-    if device.type == "cuda":
+    if parallel.size > 1 and device.type == "cuda":
+        # Where NCCL takes its memory; every other call names the device.
         torch.cuda.set_device(device)
     return device
 

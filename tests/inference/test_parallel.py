@@ -149,14 +149,28 @@ def test_a_full_cache_changes_no_text(name, num_blocks):
     assert found[0][2] > 0, "nothing was given back"
 
 
+def test_samples_and_parts_of_prompts():
+    """Samples share the blocks of their prompt on every rank, or read it again where a small cache has no room."""
+
+    def run(parallel, **options):
+        engine = Engine(decoder("dmc", parallel), block_size=4, prefill_tokens=7, **options)
+        requests = engine.generate(PROMPTS, SamplingParams(max_new_tokens=12, temperature=1.0), n=3)
+        assert engine.runner.cache.blocks.num_in_use == 0
+        return [request.output for request in requests]
+
+    expected = run(ALONE)
+    assert len(set(map(tuple, expected))) == len(expected)
+    for num_blocks in (None, 150):
+        assert on_ranks(2, lambda parallel, n=num_blocks: run(parallel, num_blocks=n)) == [expected] * 2
+
+
 @pytest.mark.parametrize("name", ["h2o", "tova"])
-def test_where_memory_is_short_some_requests_of_a_policy_fail_on_all_ranks(name):
-    expected, _, _ = generate(ALONE, name)
-    found = on_ranks(2, lambda parallel: generate(parallel, name, num_blocks=60))
+def test_a_request_that_does_not_fit_fails_on_all_ranks(name):
+    """The longest prompt, before it is cut; the others go on."""
+    (*expected, _), _, _ = generate(ALONE, name)
+    found = on_ranks(2, lambda parallel: generate(parallel, name, num_blocks=44))
     assert found[0] == found[1]
-    kept = [text for text in found[0][0] if text is not None]
-    assert 0 < len(kept) < len(PROMPTS)
-    assert all(text in (None, whole) for text, whole in zip(found[0][0], expected, strict=True))
+    assert found[0][0] == [*expected, None]
 
 
 def test_each_rank_holds_its_share():

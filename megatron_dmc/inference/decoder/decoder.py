@@ -87,11 +87,12 @@ class Decoder:
         def load(role: str, layer: int | None = None) -> Tensor:
             name = hf_name(config, role, layer)
             entry, place = by_hf_name(config)[name]
-            shape, axis, cut = entry.hf_shapes(config)[place], entry.row.layout.axis, None
-            if axis is not None and self.parallel.size > 1:
+            shape, axis = entry.hf_shapes(config)[place], entry.row.layout.axis
+            if axis is None or self.parallel.size == 1:
+                tensor = source.tensor(name)
+            else:
                 cut = self.parallel.cut(axis, shape[axis])
-                shape = cut.shape(shape)
-            tensor = source.tensor(name, cut)
+                tensor, shape = source.tensor(name, cut), cut.shape(shape)
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: the model's configuration says {shape}")
             return tensor.to(self.device, self.dtype)

@@ -118,7 +118,7 @@ class TensorParallel:
         assert largest == -negated_smallest, f"ranks have diverged: {same} here, {-negated_smallest} to {largest}"
         if failed:
             messages = self.all_objects(str(error or ""))
-            raise error or kind(next(filter(None, messages)))
+            raise error or kind(next(filter(None, messages), ""))
 
     def _mean(self, x: Tensor) -> Tensor:
         return x if self.size == 1 else self.sum(x.clone()) / self.size
