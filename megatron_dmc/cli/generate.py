@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_dmc.inference.request import Request
 
 PROMPTS_FILE = 'one prompt per line; with the suffix .jsonl one object {"prompt": ...} per line'
+MAX_SAMPLES = 1024
 DESCRIPTION = """Continues prompts and prints what the cache held beside what an uncompressed one would hold, and how
 fast it went. One prompt is streamed to a terminal. A prompt begins with what the tokenizer puts first, unless it begins
 so itself. A text ends at every eos_token_id of the model's generation_config.json, or else of its config.json, and
@@ -60,16 +61,14 @@ def _run(args: argparse.Namespace, parallel: TensorParallel) -> int:
     tokenizer = open_tokenizer(args, opened)
     ends = end_tokens(opened.source.companions, tokenizer)
     requests = _requests(args, prompts, opened, tokenizer, ends)
-    engine = _engine(args, opened, tokenizer, requests)
+    engine = _engine(args, opened, tokenizer, _good(requests))
     say_what_was_taken(args, tokenizer, ends)
     streams = sys.stdout.isatty() and len(requests) == 1 and not args.json
-    _generate(engine, requests, prompts[0] if streams else None)
+    _generate(engine, _good(requests), prompts[0] if streams else None)
+    _good(requests)
     for request in requests:
         if request.usage is not None:
             request.usage = CacheUsage.of_ranks(parallel.all_objects(request.usage))
-    failed = [request for request in requests if request.error]
-    if len(failed) == len(requests):
-        raise ValueError(failed[0].error)
     _name_tokens_without_text(requests, tokenizer)
     usage = CacheUsage.total([request.usage for request in requests if request.usage is not None])
     if args.json:
@@ -80,6 +79,7 @@ def _run(args: argparse.Namespace, parallel: TensorParallel) -> int:
             print("" if streams else prompt + request.text, end="\n\n")
         print(usage.summary())
         print(engine.speed.summary(), file=sys.stderr)
+    failed = [request for request in requests if request.error]
     if failed:
         raise ValueError(f"{len(failed)} of {len(requests)} texts failed: {failed[0].error}")
     return 0
@@ -88,8 +88,8 @@ def _run(args: argparse.Namespace, parallel: TensorParallel) -> int:
 def _prompts(args: argparse.Namespace) -> list[str]:
     from megatron_dmc.data.prompts import check_text, read_prompts
 
-    if args.n < 1:
-        raise ValueError(f"n={args.n}: must be at least 1 text per prompt")
+    if not 1 <= args.n <= MAX_SAMPLES:
+        raise ValueError(f"n={args.n}: must be in 1..{MAX_SAMPLES} texts per prompt")
     if args.prompt is None:
         return read_prompts(args.prompts_file)
     for number, prompt in enumerate(args.prompt, start=1):
@@ -100,7 +100,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 def _requests(
     args: argparse.Namespace, prompts: Sequence[str], opened: OpenedModel, tokenizer: Tokenizer, ends: EndTokens
 ) -> list[Request]:
-    """One for every text; those of one prompt are samples of it."""
+    """One for every text; those of one prompt are samples of it. Those that the model cannot read have failed."""
     from megatron_dmc.inference.request import Request, check_request
 
     sampling = dataclasses.replace(
@@ -109,10 +109,22 @@ def _requests(
     requests: list[Request] = []
     for index in range(0, len(prompts), args.n):
         ids = tokenizer.encode_prompt(prompts[index])
-        first = Request(ids, dataclasses.replace(sampling, seed=args.seed + index))
-        check_request(index // args.n, first, opened.source.config)
-        requests += first.samples(args.n)
+        samples = Request(ids, dataclasses.replace(sampling, seed=args.seed + index)).samples(args.n)
+        try:
+            check_request(index // args.n, samples[0], opened.source.config)
+        except ValueError as error:
+            for sample in samples:
+                sample.fail(str(error))
+        requests += samples
     return requests
+
+
+def _good(requests: list[Request]) -> list[Request]:
+    """Requests that have not failed. Raises ``ValueError`` where all have."""
+    good = [request for request in requests if not request.error]
+    if not good:
+        raise ValueError(requests[0].error)
+    return good
 
 
 def _engine(args: argparse.Namespace, opened: OpenedModel, tokenizer: Tokenizer, requests: list[Request]) -> Engine:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NUCLEUS_TOKENS = 256
+"""Most likely tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -138,10 +141,22 @@ def _top_k(scores_BV: Tensor, k_B1: Tensor) -> Tensor:
 
 
 def _top_p(scores_BV: Tensor, top_p_B1: Tensor) -> Tensor:
-    """Tokens before which more likely ones do not reach top_p; the first always stays."""
-    probability_BV, token_BV = scores_BV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    before_BV = probability_BV.cumsum(dim=-1, dtype=torch.float64) - probability_BV
-    return torch.zeros_like(scores_BV, dtype=torch.bool).scatter(1, token_BV, before_BV < top_p_B1)
+    """Tokens before which more likely ones do not reach top_p, and those that are equal to the last of them."""
+    probability_BV = scores_BV.softmax(dim=-1)
+    best_BK = probability_BV.topk(min(NUCLEUS_TOKENS, scores_BV.shape[-1]), dim=-1).values
+    border_B1 = _nucleus_border(best_BK, top_p_B1)
+    is_longer_B = best_BK.sum(dim=-1) < top_p_B1.squeeze(-1)
+    if is_longer_B.any():
+        sorted_BV = probability_BV[is_longer_B].sort(dim=-1, descending=True).values
+        border_B1[is_longer_B] = _nucleus_border(sorted_BV, top_p_B1[is_longer_B])
+    return probability_BV >= border_B1
+
+
+def _nucleus_border(sorted_BK: Tensor, top_p_B1: Tensor) -> Tensor:
+    """The least probability in the nucleus [B, 1], from the highest ones in falling order."""
+    before_BK = sorted_BK.cumsum(dim=-1, dtype=torch.float64) - sorted_BK
+    num_kept_B1 = (before_BK < top_p_B1).sum(dim=-1, keepdim=True)
+    return sorted_BK.gather(1, num_kept_B1 - 1)
 
 
 def _min_p(scores_BV: Tensor, min_p_B1: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ RIGHT = {
     "--tokenizer-type NullTokenizer",
     "evaluate": "evaluate --model hf --data data/test --seq-length 16 --sequences 2 --batch-size 2",
     "generate": "generate --model hf --prompt hello --max-new-tokens 3",
+    "chat": "chat --model hf --chat-template template.jinja --max-new-tokens 3",
     "data prepare": "data prepare text.jsonl --tokenizer hf --output new --workers 1",
     "data check": "data check data/train --tokenizer hf",
     "convert import": "convert import hf new --no-verify",
@@ -52,7 +53,11 @@ OTHERS = """--seq-length 0|--seq-length 99999|--sequences 0|--sequences 99999999
 --device cuda|--device abacus|--policy h2o|--policy tova|--policy none|--model nowhere|--model text.jsonl
 --model base|--data nowhere|--data text.jsonl|--text text.jsonl|--text hf|--tokenizer nowhere|--tokenizer text.jsonl
 --tokenizer base|--json|--prompt|--prompt  --json|--prompts-file text.jsonl|--prompts-file hf|--max-new-tokens 0
---max-new-tokens 9999|--temperature -1|--top-p 2|--top-k -3|--seed x|--num-blocks 0|--max-sequences 0|--output hf
+--max-new-tokens 9999|--temperature -1|--top-p 2|--top-k -3|--min-p 2
+--repetition-penalty 0|--repetition-penalty nan|--stop|--stop  --json
+--n 0|--n 2|--logprobs 2|--logprobs -1|--prompt-logprobs|--prefill-chunk 0|--prefill-chunk 1|--memory-fraction 0
+--memory-fraction 1|--memory-fraction x|--system be|--chat-template text.jsonl|--chat-template nowhere|--seed x
+--num-blocks 0|--max-sequences 0|--output hf
 --output data|--output text.jsonl|--output /proc/none/x|--workers 0|--workers x|--split 1,1|--split 0,0,0|--split x
 --json-key nothing|--skip-bad-lines|--overwrite|--dry-run|--max-memory 3|--max-memory much|--layout none
 --dtype float99|--transformer-impl none|--no-hashes|--ignore-setting x|--num-kv-heads 3"""
@@ -87,7 +92,7 @@ def command_lines(count: int, seed: int) -> list[list[str]]:
 
 def _with_slips(words: list[str], kind: str, source: random.Random) -> list[str]:
     extra = MEGATRON.replace("\n", "|").split("|") if kind.startswith("train") else _taken_by(kind)
-    first = 1 if kind.startswith(("train", "evaluate", "generate", "report")) else 2
+    first = 1 if kind.startswith(("train", "evaluate", "generate", "chat", "report")) else 2
     for _ in range(source.randint(1, 3)):
         at = source.randrange(first, len(words))
         slip = source.choice(("more", "more", "more", "drop", "typo", "value", "twice"))

@@ -45,6 +45,7 @@ def place(tmp_path_factory):
     write_model(place / "hf")
     (place / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in TEXT.split("\n") * 3))
     line = {"step": 1, "stage": "retrofit", "lm_loss": 2.0, "measured_cr": 1.0, "target_cr": 1.1}
+    (place / "template.jinja").write_text("{{ messages[0]['content'] }}")
     (place / "done").mkdir()
     (place / "done" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     for made in ("data prepare text.jsonl --tokenizer hf --output data", "convert import hf base --no-verify"):

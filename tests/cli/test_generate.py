@@ -1,6 +1,7 @@
 """``megatron-dmc generate``: texts, the size of the cache, and mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from megatron_dmc.cli import main
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data.sentencepiece_training import train_tokenizer
 from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.memory_need import DeviceMemory
 from tests.inference.model_directory import TEXT, write_model
 
@@ -65,7 +67,8 @@ def test_json_from_a_file_of_prompts(model, tmp_path, capsys):
         ({"--max-sequences": "0"}, "max_sequences=0: must be at least 1"),
         ({"--num-blocks": "3"}, "give the cache more blocks"),
         ({"--tokenizer": "nothing"}, "no tokenizer at nothing"),
-        ({"--n": "0"}, "n=0: must be at least 1"),
+        ({"--n": "0"}, "n=0: must be in 1..1024"),
+        ({"--n": "99999999999999999999"}, "must be in 1..1024"),
         ({"--top-k": "-2"}, "top_k=-2: must be >= 0"),
         ({"--min-p": "1.5"}, "min_p=1.5: must be in [0, 1]"),
         ({"--repetition-penalty": "0"}, "repetition_penalty=0.0: must be > 0"),
@@ -140,6 +143,66 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(model, command, 
     said = capsys.readouterr().err
     assert "of weights" in said
     assert "lower --" in said
+
+
+def test_the_memory_fraction_sizes_the_cache_and_changes_no_text(model, capsys, monkeypatch):
+    prompts = [word for prompt in ("def", "return", "x * 3", "step") for word in ("--prompt", prompt)]
+    arguments = ["generate", "--model", str(model), *prompts, "--max-new-tokens", "60", "--ignore-eod", "--json"]
+    arguments += ["--prefill-chunk", "8", "--block-size", "4"]
+    assert main(arguments) == 0
+    expected = json.loads(capsys.readouterr().out)
+    sizes, make = [], Engine.__init__
+
+    def noted(self, *args, num_blocks, **options):
+        sizes.append(num_blocks)
+        make(self, *args, num_blocks=num_blocks, **options)
+
+    monkeypatch.setattr(Engine, "__init__", noted)
+    for fraction in ("0.9", "0.48"):
+        monkeypatch.setattr(DeviceMemory, "of", lambda device: DeviceMemory(800_000, 1_000_000))
+        assert main([*arguments, "--memory-fraction", fraction]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [one["tokens"] for one in found["results"]] == [one["tokens"] for one in expected["results"]]
+    assert sizes[0] > 2 * sizes[1]
+    # Four texts of 60 tokens and more would need 4 heads times 16 blocks each, without compression.
+    assert sizes[1] < 4 * 4 * 16
+
+
+def test_a_prompt_that_fails_leaves_the_others_alone(model, tmp_path, capsys):
+    long = "def step_7(x): " * 40
+    options = ["--max-new-tokens", "5", "--ignore-eod", "--n", "2", "--json"]
+    prompts = ["--prompt", "def", "--prompt", long, "--prompt", "return"]
+    assert main(["generate", "--model", str(model), *prompts, *options]) == 1
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)["results"]
+    assert [one["finish_reason"] for one in results] == ["length"] * 2 + ["error"] * 2 + ["length"] * 2
+    assert "2 of 6 texts failed: prompt 1 has" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"dmc": None}, "dmc"),
+        ({"vocab_size": 999}, "config.json asks for"),
+        ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        (b"", "truncated"),
+        (b"\x00" * 100, "model.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate --prompt def --max-new-tokens 3", "chat --chat-template template.jinja"])
+def test_a_damaged_directory_is_refused_in_one_line(model, tmp_path, monkeypatch, capsys, damage, message, command):
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    if isinstance(damage, bytes):
+        (tmp_path / "model" / "model.safetensors").write_bytes(damage)
+    else:
+        config = json.loads((tmp_path / "model" / "config.json").read_text()) | damage
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert main([*command.split(), "--model", "model"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(model, tmp_path, capsys):

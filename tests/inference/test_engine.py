@@ -218,6 +218,19 @@ def test_impossible_prompts_are_refused_before_any_work(prompt, max_new_tokens, 
     assert not engine.is_busy
 
 
+def test_what_is_refused_leaves_what_runs_alone():
+    engine, sampling = Engine(tiny_model()), SamplingParams(max_new_tokens=5)
+    expected = Engine(engine.model).generate(PROMPTS, sampling)
+    requests = [Request(list(prompt), sampling) for prompt in PROMPTS]
+    engine.submit(requests)
+    engine.step()
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        engine.submit([Request([1], sampling), Request([], sampling)])
+    finish(engine, [])
+    assert [request.output for request in requests] == [request.output for request in expected]
+    assert_empty(engine)
+
+
 def test_weights_of_another_shape_are_refused():
     source = RandomSource(tiny_llama())
     source.tensors["model.norm.weight"] = torch.ones(31)

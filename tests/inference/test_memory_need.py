@@ -82,6 +82,11 @@ def test_a_need_beyond_the_memory_is_refused():
         need.require(DeviceMemory(3 * GIB, 8 * GIB), "lower --batch-size")
 
 
+def test_a_gpu_says_what_it_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 8 * GIB))
+    assert DeviceMemory.of(torch.device("cuda", 1)) == (3 * GIB, 8 * GIB)
+
+
 def test_this_machine_has_memory():
     here = DeviceMemory.of(torch.device("cpu"))
     assert 0 < here.available <= here.total

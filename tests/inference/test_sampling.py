@@ -14,6 +14,7 @@ SETTINGS = [
     {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
     {"top_k": 1000, "top_p": 0.01},
     {"temperature": 5.0, "min_p": 1.0},
+    {"temperature": 9.0, "top_p": 0.9},
 ]
 
 
@@ -59,10 +60,11 @@ def warped(logits_V, sampling):
     return transformers.LogitsProcessorList(warpers)(None, logits_V.unsqueeze(0))[0].softmax(-1)
 
 
+@pytest.mark.parametrize("vocab_size", [5, 100, 2000])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_setting_is_that_of_transformers_in_one_batch(seed):
+def test_every_setting_is_that_of_transformers_in_one_batch(seed, vocab_size):
     samplings = [SamplingParams(**{"temperature": 1.0, **changes}) for changes in SETTINGS]
-    logits_BV = 3 * torch.randn(len(samplings), 100, generator=torch.Generator().manual_seed(seed))
+    logits_BV = 3 * torch.randn(len(samplings), vocab_size, generator=torch.Generator().manual_seed(seed))
     expected = torch.stack(
         [warped(logits_V, sampling) for logits_V, sampling in zip(logits_BV, samplings, strict=True)]
     )
@@ -88,6 +90,12 @@ def test_equal_logits_at_the_border_of_top_k_all_stay():
     assert (probability_BV[0] > 0).tolist() == [True, True, True, False]
 
 
+def test_equal_probabilities_at_the_border_of_the_nucleus_all_stay():
+    for size in (4, 1000):
+        probability_BV = probabilities(torch.zeros(1, size), [SamplingParams(temperature=1.0, top_p=0.3)])
+        assert (probability_BV > 0).all()
+
+
 def test_a_token_of_no_probability_is_never_drawn():
     probability_BV = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(4, -1)
     uniform_B = torch.tensor([0.0, 0.25, 1 - 2**-53, 1.0], dtype=torch.float64)
@@ -101,10 +109,10 @@ def test_the_lowest_temperature_is_greedy():
 
 
 def test_rows_of_a_batch_do_not_touch_each_other():
-    generator = torch.Generator().manual_seed(2)
-    logits_BV = 2 * torch.randn(8, 60, generator=generator)
-    uniforms = torch.rand(8, generator=generator).tolist()
     samplings = [SamplingParams(**{"temperature": 1.0, **changes}) for changes in SETTINGS] + [SamplingParams()]
+    generator = torch.Generator().manual_seed(2)
+    logits_BV = 2 * torch.randn(len(samplings), 600, generator=generator)
+    uniforms = torch.rand(len(samplings), generator=generator).tolist()
     together = sample(logits_BV, samplings, uniforms).tolist()
     alone = [
         sample(logits_BV[row : row + 1], [samplings[row]], [uniforms[row]]).item() for row in range(len(samplings))
