@@ -25,6 +25,7 @@ import torch
 from megatron_dmc.support.files import write_json
 
 PACKAGES = ("megatron-dmc", "torch", "megatron-core", "transformers", "triton", "numpy")
+PACKAGES += ("flashinfer-python", "flash-attn-3", "fa3-fwd")
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,13 @@ def add_output_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def report(rows: Iterable[Row], output: Path | None) -> None:
-    """Print rows as they come, then write them all."""
-    rows_done = []
+    """Print rows as they come, and write all so far after each: an interrupted run leaves what it measured."""
+    rows_done: list[dict[str, Any]] = []
     before = machine()
     for row in rows:
         goal = "" if row.goal is None else f"  goal {row.goal:g}: {'met' if row.met else 'MISSED'}"
         conditions = " ".join(f"{name}={value}" for name, value in row.conditions.items())
         print(f"{row.name:46} {row.value:10.4g} {row.unit:6} {conditions}{goal}", flush=True)
         rows_done.append(row.to_dict())
-    if output is not None:
-        write_json(output, {"machine": before, "rows": rows_done})
+        if output is not None:
+            write_json(output, {"machine": before, "rows": rows_done})

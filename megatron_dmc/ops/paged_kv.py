@@ -44,7 +44,7 @@ class PagedKV(NamedTuple):
         """Whether the blocks are in 8 bits."""
         return self.k_scale is not None
 
-    def of_rows(self, rows: Tensor | slice) -> PagedKV:
+    def of_rows(self, rows: Tensor | slice | int) -> PagedKV:
         """The same with the open entries of the given rows alone."""
         if self.k_open is None or self.v_open is None or self.open_entry_BG is None:
             return self

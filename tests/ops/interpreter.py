@@ -14,15 +14,16 @@ import torch
 
 from megatron_dmc.ops import triton_kernels
 
+ROOT = Path(__file__).parents[2]
 
-def run_in_interpreter(name: str, *arguments: str) -> None:
-    """Run the tests of a file beside this one in a process of its own: Triton chooses when it is imported."""
+
+def run_in_interpreter(tests: str) -> None:
+    """Run the tests of a file in a process of their own: Triton chooses when it is imported."""
     pytest.importorskip("triton")
-    tests = Path(__file__).with_name(name)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=tests.parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -15,7 +15,7 @@ SHARED_MEMORY = 227 * 1024
 
 @pytest.mark.slow
 def test_kernels_in_interpreter() -> None:
-    run_in_interpreter("attention_kernels_in_interpreter.py")
+    run_in_interpreter("tests/ops/attention_kernels_in_interpreter.py")
 
 
 @pytest.mark.slow

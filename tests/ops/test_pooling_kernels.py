@@ -10,7 +10,7 @@ from tests.ops.interpreter import compile_launches, run_in_interpreter
 
 @pytest.mark.slow
 def test_kernels_in_interpreter() -> None:
-    run_in_interpreter("pooling_kernels_in_interpreter.py")
+    run_in_interpreter("tests/ops/pooling_kernels_in_interpreter.py")
 
 
 def test_launches_compile_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

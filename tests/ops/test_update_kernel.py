@@ -12,7 +12,7 @@ from tests.ops.test_update_caches import CASES
 
 @pytest.mark.slow
 def test_kernel_in_interpreter() -> None:
-    run_in_interpreter("update_kernel_in_interpreter.py")
+    run_in_interpreter("tests/ops/update_kernel_in_interpreter.py")
 
 
 @pytest.mark.slow
