@@ -101,10 +101,10 @@ def run_pass(draw, cache, lists, rows, counts):
 
 def entries_of(cache, layer, row, head):
     """What ``cache`` holds for one head, entry by entry through its block table."""
-    found = []
+    found, kv = [], cache.pool.kv
     for entry in range(int(cache.cache_seqlens[layer, row, head])):
         block = cache.block_table[layer, row, head, entry // P]
-        found.append((cache.k_blocks[block, entry % P].tolist(), cache.v_blocks[block, entry % P].tolist()))
+        found.append((kv.k_blocks[block, entry % P].tolist(), kv.v_blocks[block, entry % P].tolist()))
     return found
 
 
@@ -180,8 +180,8 @@ def test_a_pool_without_a_size_takes_memory_as_it_is_written():
     cache = PagedKVCache(shape, 40)
     assert cache.blocks.total == 40 * L * G * (10_000 // 32 + 1)
     cache.add_sequences(1)
-    cache.k_blocks[:1000] = 1.0
-    written, pool = 1000 * 32 * 256 * 4, 2 * cache.k_blocks.nbytes
+    cache.pool.kv.k_blocks[:1000] = 1.0
+    written, pool = 1000 * 32 * 256 * 4, 2 * cache.pool.kv.k_blocks.nbytes
     assert pool > 40 * written
     assert written <= resident_bytes() - before < 2 * written
 
@@ -196,7 +196,7 @@ def test_a_prompt_takes_the_blocks_that_its_entries_need():
     rows = cache.add_sequences(1)
     step = Step(rows, [0], [400], torch.ones(D // 2))
     entry_TG = torch.full((400, G), -1, dtype=torch.int32)
-    entry_TG[::8] = torch.arange(50, dtype=torch.int32).unsqueeze(-1)
+    entry_TG[7::8] = torch.arange(50, dtype=torch.int32).unsqueeze(-1)
     cache.reserve(rows, step.counts)
     for layer in range(L):
         cache.write(layer, step, Update(torch.ones(400, G, D), torch.ones(400, G, D), entry_TG, {}))
@@ -297,13 +297,13 @@ def test_a_sequence_that_has_read_nothing_can_be_copied():
 def test_taken_blocks_hold_numbers_whatever_was_in_them():
     """Attention on a CPU multiplies values beyond the length of a head by 0."""
     cache = PagedKVCache(SHAPE, 1, num_blocks=L * G * 2)
-    for pool in (cache.k_blocks, cache.v_blocks):
+    for pool in (cache.pool.kv.k_blocks, cache.pool.kv.v_blocks):
         pool.fill_(torch.nan)
     rows = cache.add_sequences(1)
     for _ in range(5):
         append_everywhere(cache, rows)
-    assert cache.k_blocks.isfinite().all()
-    assert cache.v_blocks.isfinite().all()
+    assert cache.pool.kv.k_blocks.isfinite().all()
+    assert cache.pool.kv.v_blocks.isfinite().all()
 
 
 def test_a_row_given_back_twice_is_a_fault_and_is_not_handed_out_twice():
@@ -342,8 +342,8 @@ def test_usage_counts_entries_blocks_and_state():
     rows = cache.add_sequences(2)
     step = Step(rows, [0, 0], [10, 6], torch.ones(D // 2))
     lengths = torch.tensor([[5, 1, 8], [2, 2, 4]])
-    entry_TG = step.offset_T.unsqueeze(-1).expand(-1, G)
-    entry_TG = torch.where(entry_TG < lengths[step.sequence_T], entry_TG, -1).to(torch.int32)
+    surplus = torch.tensor(step.counts).unsqueeze(-1) - lengths
+    entry_TG = (step.offset_T.unsqueeze(-1) - surplus[step.sequence_T]).clamp(min=-1).to(torch.int32)
     cache.reserve(rows, step.counts)
     for layer in range(L):
         cache.write(layer, step, Update(torch.ones(16, G, D), torch.ones(16, G, D), entry_TG, {}))
