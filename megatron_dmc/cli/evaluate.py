@@ -24,7 +24,8 @@ def add_parser(subparsers: Any) -> None:
         "evaluate",
         help="perplexity and measured compression of a model on your data",
         description="Reads held-out text twice: whole sequences with hard decisions (teacher-forced), and token by "
-        "token through the compressed cache (decode). In float32 the two must agree; exit code 2: they do not.",
+        "token through the compressed cache (decode). In float32 the two must agree; exit code 2: they do not. With "
+        "--kv-dtype fp8 or int8 the difference is reported: whole sequences have no cache to store in 8 bits.",
     )
     add_model_options(parser)
     data = parser.add_mutually_exclusive_group(required=True)
@@ -46,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and insist that the paths agree."""
     from megatron_dmc.evaluation.perplexity import cut_sequences, evaluate
+    from megatron_dmc.evaluation.scores import Storage
     from megatron_dmc.support.files import to_json
     from megatron_dmc.support.progress import progress
 
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             path=args.path,
             batch_size=args.batch_size,
             prefill_length=args.prefill_length,
-            block_size=args.block_size,
+            storage=Storage(opened.block_size, opened.kv_format.name),
             advance=advance,
             after_batch=watch,
         )
@@ -151,7 +153,7 @@ def _lines(evaluation: Evaluation) -> list[str]:
         lines.append(
             f"agreement: {agreed['share_of_equal_decisions']:.6%} of decisions equal, largest log-probability "
             f"difference {agreed['largest_log_prob_difference']:.2e} over {agreed['num_tokens_compared']} of "
-            f"{agreed['num_tokens']} tokens{'' if agreed['asserted'] else ' (reported only: not float32)'}"
+            f"{agreed['num_tokens']} tokens{'' if agreed['asserted'] else ' (reported only: not float32 throughout)'}"
         )
     return lines
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_dmc.inference.decoder.parallel import TensorParallel
     from megatron_dmc.inference.memory_need import DeviceMemory, ModelMemory
     from megatron_dmc.methods import Method
+    from megatron_dmc.ops.kv_quantization import KVFormat
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--block-size", type=int, default=32, help="entries per block of the cache (default: 32)")
     parser.add_argument(
+        "--kv-dtype",
+        default="auto",
+        metavar="NAME",
+        help="store the cache as the model computes (auto, the default), or in 8 bits: fp8 or int8",
+    )
+    parser.add_argument(
         "--policy", metavar="NAME", help="keep the cache of any model by a policy that needs no training; with --budget"
     )
     parser.add_argument("--budget", type=int, help="entries per head that the policy keeps")
@@ -58,6 +65,7 @@ class OpenedModel:
         dtype: in which type.
         method: how its cache is kept.
         block_size: entries per block of the cache.
+        kv_format: of its closed entries.
         parallel: the ranks that hold it together.
     """
 
@@ -66,6 +74,7 @@ class OpenedModel:
     dtype: torch.dtype
     method: Method
     block_size: int
+    kv_format: KVFormat
     parallel: TensorParallel
 
     @property
@@ -73,7 +82,8 @@ class OpenedModel:
         """What this rank's share of it takes."""
         from megatron_dmc.inference.memory_need import ModelMemory
 
-        return ModelMemory(self.parallel.share(self.source.config), self.dtype, self.method, self.block_size)
+        share = self.parallel.share(self.source.config)
+        return ModelMemory(share, self.dtype, self.method, self.block_size, self.kv_format)
 
     @property
     def device_memory(self) -> DeviceMemory:
@@ -111,6 +121,7 @@ def open_model(args: argparse.Namespace, parallel: TensorParallel | None = None)
     from megatron_dmc.checkpoint.source import open_source
     from megatron_dmc.inference.decoder.parallel import ALONE
     from megatron_dmc.methods import method_of, policy
+    from megatron_dmc.ops.kv_quantization import find_kv_format
 
     if parallel is None and num_ranks() > 1:
         raise ValueError("this command runs on one process: start it without torchrun (generate runs on several)")
@@ -129,6 +140,7 @@ def open_model(args: argparse.Namespace, parallel: TensorParallel | None = None)
         dtype=getattr(torch, args.dtype or source.config.dtype),
         method=method or method_of(source.dmc),
         block_size=args.block_size,
+        kv_format=find_kv_format(args.kv_dtype),
         parallel=parallel,
     )
 

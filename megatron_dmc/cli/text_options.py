@@ -115,6 +115,7 @@ def make_engine(
         block_size=opened.block_size,
         num_blocks=num_blocks,
         prefill_tokens=args.prefill_chunk,
+        kv_dtype=opened.kv_format.name,
     )
 
 

@@ -29,7 +29,7 @@ class Agreement:
     """How well whole-sequence scores and decoding agree, over all batches added so far.
 
     Args:
-        asserted: whether disagreement is a failure (float32) or a number to report (bfloat16).
+        asserted: whether disagreement is a failure (float32) or a number to report (bfloat16, a cache of 8 bits).
         threshold: decision threshold of the model.
     """
 

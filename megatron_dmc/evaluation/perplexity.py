@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.evaluation.agreement import Agreement
-from megatron_dmc.evaluation.scores import Scores, score_decode, score_whole
-from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
+from megatron_dmc.evaluation.scores import DEFAULT_STORAGE, Scores, Storage, score_decode, score_whole
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.ops.kv_quantization import AUTO, find_kv_format
 from megatron_dmc.support.progress import Advance
 
 TEACHER_FORCED, DECODE, BOTH = "teacher-forced", "decode", "both"
@@ -141,7 +141,7 @@ def evaluate(
     path: str = BOTH,
     batch_size: int = 32,
     prefill_length: int = 0,
-    block_size: int = DEFAULT_BLOCK_SIZE,
+    storage: Storage = DEFAULT_STORAGE,
     advance: Advance | None = None,
     after_batch: Callable[[SoFar], None] | None = None,
 ) -> Evaluation:
@@ -153,7 +153,7 @@ def evaluate(
         path: ``teacher-forced``, ``decode`` or ``both``.
         batch_size: sequences at once.
         prefill_length: tokens of each sequence that decoding reads in one pass before it goes token by token.
-        block_size: entries per block of the cache.
+        storage: of the cache of decoding; in 8 bits it is compared with the other path, and need not agree.
         advance: called with numbers of tokens as decoding (or else the teacher-forced path) goes on.
         after_batch: called with what is known after each batch.
 
@@ -161,7 +161,8 @@ def evaluate(
         ValueError: tokens outside the vocabulary, sequences longer than the model reads, a size out of range.
     """
     _check(model, token_NT, path, batch_size, prefill_length)
-    asserted = model.dtype == torch.float32
+    _check_kv_dtype(path, storage.kv_dtype)
+    asserted = model.dtype == torch.float32 and storage.kv_dtype == AUTO.name
     threshold = model.settings.decision_threshold if model.settings else 0.0
     agreement = Agreement(asserted, threshold) if path == BOTH else None
     whole, decoded = _Sums(), _Sums()
@@ -173,7 +174,7 @@ def evaluate(
                 advance(token_TB[1:].numel())
         if path != TEACHER_FORCED:
             decoded_scores = decoded.timed(
-                score_decode, model, token_TB, prefill_length=prefill_length, block_size=block_size, advance=advance
+                score_decode, model, token_TB, prefill_length=prefill_length, storage=storage, advance=advance
             )
         if agreement is not None:
             agreement.add(whole_scores, decoded_scores)
@@ -235,6 +236,15 @@ class _Sums:
             compression_ratio_per_layer_and_kv_head=(num_tokens / entries_LG).tolist(),
             entries_over_tokens=[(position + 1, entries_S[position].item() / count) for position in shown],
             cache=CacheUsage.total(self.usages) if self.usages else None,
+        )
+
+
+def _check_kv_dtype(path: str, kv_dtype: str) -> None:
+    find_kv_format(kv_dtype)
+    if path == TEACHER_FORCED and kv_dtype != AUTO.name:
+        raise ValueError(
+            f"kv_dtype={kv_dtype!r}: the path {path!r} has no cache that could be quantised; measure it with "
+            f"path={DECODE!r}, or beside it with path={BOTH!r}"
         )
 
 

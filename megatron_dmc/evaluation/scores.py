@@ -6,6 +6,7 @@ Legend: S sequence, B batch, L layers, G KV heads, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +15,21 @@ from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.decoder.layer_attention import DecisionTrace
+from megatron_dmc.ops.kv_quantization import AUTO
 from megatron_dmc.support.progress import Advance
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits that exist at one time: 64 MiB in float32."""
+
+
+class Storage(NamedTuple):
+    """How decoding stores its cache; see :meth:`Decoder.new_cache`."""
+
+    block_size: int = DEFAULT_BLOCK_SIZE
+    kv_dtype: str = AUTO.name
+
+
+DEFAULT_STORAGE = Storage()
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ def score_decode(
     token_TB: Tensor,
     *,
     prefill_length: int = 0,
-    block_size: int = DEFAULT_BLOCK_SIZE,
+    storage: Storage = DEFAULT_STORAGE,
     advance: Advance | None = None,
 ) -> Scores:
     """Token by token through the compressed cache.
@@ -68,12 +80,12 @@ def score_decode(
     Args:
         token_TB: as in :func:`score_whole`.
         prefill_length: tokens that are read in one pass before; at most S.
-        block_size: entries per block of the cache.
+        storage: of the cache.
         advance: called with the number of tokens after each pass.
     """
     inputs_SB = token_TB[:-1]
     sequence_length, batch = inputs_SB.shape
-    cache = model.new_cache(batch, block_size=block_size)
+    cache = model.new_cache(batch, **storage._asdict())
     rows = cache.add_sequences(batch)
     hidden, traces = [], []
     entries_S = torch.full((sequence_length,), -1, device=token_TB.device)

@@ -24,6 +24,7 @@ from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.inference.scheduler import DEFAULT_PREFILL_TOKENS, Batch, Scheduler
 from megatron_dmc.inference.speed import Speed
 from megatron_dmc.inference.text_stream import Decode, TextStream
+from megatron_dmc.ops.kv_quantization import AUTO
 
 DEFAULT_MAX_SEQUENCES = 32
 
@@ -34,6 +35,9 @@ class Engine:
     Where the cache is full, what nobody runs is forgotten first; then the newest request gives its memory
     back, waits, and is read again later: its text is the same. Only a request that does not fit alone fails.
 
+    With a cache of 8 bits that text is as likely as before, not the same: what was decoded is read again in one pass,
+    whose tokens see one another before they are quantised, and a close choice may fall otherwise.
+
     Args:
         model: to decode with. Where ranks share it, each has an engine and asks the same of it in the same order; a
             listener that fails on one ends them all.
@@ -42,12 +46,13 @@ class Engine:
         block_size: entries per block of the cache.
         num_blocks: blocks of the cache; None: as many as the sequences can need, as far as there is memory.
         prefill_tokens: tokens of prompts per pass.
+        kv_dtype: what the cache stores closed entries as: ``auto`` (as the model), ``fp8`` or ``int8``.
 
     Attributes:
         speed: what was read and decoded so far, and how fast.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or an unknown format.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Engine:
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
         prefill_tokens: int = DEFAULT_PREFILL_TOKENS,
+        kv_dtype: str = AUTO.name,
     ) -> None:
         for name, value in (("max_sequences", max_sequences), ("num_blocks", num_blocks)):
             if value is not None and value < 1:
@@ -67,7 +73,7 @@ class Engine:
         self.decode = decode
         self.expectation = _expectation(model, block_size)
         self.scheduler = Scheduler(self.expectation, prefill_tokens, reads_parts=model.method.reads_parts)
-        self.runner = ModelRunner(model, max_sequences, block_size, num_blocks)
+        self.runner = ModelRunner(model, max_sequences, block_size, num_blocks, kv_dtype)
         self.sampler = Sampler()
         self.speed = Speed()
         self._idle: list[Request] = []

@@ -15,6 +15,7 @@ import torch
 from megatron_dmc.inference.cache.paged_kv_cache import CacheShape
 from megatron_dmc.methods.base import Method
 from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.ops.kv_quantization import AUTO, KVFormat
 from megatron_dmc.support.memory import available_memory
 from megatron_dmc.support.units import binary_bytes
 
@@ -75,15 +76,17 @@ class ModelMemory:
 
     Args:
         config: of the model.
-        dtype: of weights and cache.
+        dtype: of weights, and of a cache that is not quantised.
         method: how the cache is kept.
         block_size: entries per block of the cache.
+        kv_format: of its closed entries.
     """
 
     config: ModelConfig
     dtype: torch.dtype
     method: Method
     block_size: int
+    kv_format: KVFormat = AUTO
 
     @property
     def weights(self) -> int:
@@ -98,6 +101,7 @@ class ModelMemory:
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
+            kv_format=self.kv_format,
             state=self.method.state(self.config.head_dim),
             block_size=self.block_size,
         )
@@ -111,7 +115,7 @@ class ModelMemory:
         return self.pool(sum(self.blocks(self.method.expected_entries(length)) for length in lengths), len(lengths))
 
     def pool(self, num_blocks: int, max_sequences: int) -> int:
-        """Bytes of so many blocks, and of the method's state of so many sequences."""
+        """Bytes of so many blocks, and of what so many sequences keep beside them."""
         state = max_sequences * self.shape.num_heads * self.shape.state_bytes
         return num_blocks * self.shape.block_bytes + state
 

@@ -16,6 +16,7 @@ from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.inference.logprobs import LOGITS_AT_ONCE, token_logprobs
 from megatron_dmc.inference.request import Request
 from megatron_dmc.inference.scheduler import Batch
+from megatron_dmc.ops.kv_quantization import AUTO
 
 
 class ModelRunner:
@@ -26,11 +27,14 @@ class ModelRunner:
         max_sequences: requests in the cache at once.
         block_size: entries per block of the cache.
         num_blocks: blocks of the cache; None: as many as the sequences can need, as far as there is memory.
+        kv_dtype: what the cache stores closed entries as.
     """
 
-    def __init__(self, model: Decoder, max_sequences: int, block_size: int, num_blocks: int | None) -> None:
+    def __init__(
+        self, model: Decoder, max_sequences: int, block_size: int, num_blocks: int | None, kv_dtype: str = AUTO.name
+    ) -> None:
         self.model = model
-        self.cache = model.new_cache(max_sequences, block_size=block_size, num_blocks=num_blocks)
+        self.cache = model.new_cache(max_sequences, block_size=block_size, num_blocks=num_blocks, kv_dtype=kv_dtype)
 
     @property
     def num_free_rows(self) -> int:

@@ -56,8 +56,8 @@ class Update(NamedTuple):
     """Rotated keys."""
     v_TGD: Tensor
     entry_TG: Tensor
-    """int32 place of the entry: the length of its head cache appends, a smaller one overwrites, -1 writes nothing (not
-    while decoding)."""
+    """int32 place of the entry: the length of its head cache appends, a smaller one overwrites, -1 writes nothing (what
+    the last token of a sequence never does)."""
     state: State
     """New values for every head."""
     decisions: Decisions | None = None

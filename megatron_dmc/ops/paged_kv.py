@@ -44,8 +44,8 @@ class PagedKV(NamedTuple):
         """Whether the blocks are in 8 bits."""
         return self.k_scale is not None
 
-    def of_rows(self, rows: Tensor | slice | int) -> PagedKV:
-        """The same with the open entries of the given rows alone."""
+    def of_rows(self, rows: Tensor | slice | int | tuple[int, Tensor]) -> PagedKV:
+        """The same with the open entries of the given rows alone, or of (layer, rows) where it has them by layer."""
         if self.k_open is None or self.v_open is None or self.open_entry_BG is None:
             return self
         k_open, v_open, open_entry_BG = (x[rows] for x in (self.k_open, self.v_open, self.open_entry_BG))

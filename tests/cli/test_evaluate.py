@@ -86,7 +86,7 @@ def test_paths_that_disagree_exit_with_2(model, data, capsys, monkeypatch):
     assert json.loads(printed.out)["agreement"]["failures"]
     assert "teacher-forced evaluation and decoding disagree: log-probabilities differ by" in printed.err
     assert main([*arguments, "--dtype", "bfloat16"]) == 0
-    assert "reported only: not float32" in capsys.readouterr().out
+    assert "reported only: not float32 throughout" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from megatron_dmc.methods.dmc import SEGMENT
 from megatron_dmc.methods.step import Step, Tokens
 from megatron_dmc.ops.cache_update import HeadCaches, NewTokens, update_caches
 from megatron_dmc.ops.paged_attention.reference import read_entries
-from megatron_dmc.ops.paged_kv import PagedKV
 from megatron_dmc.ops.rope import inverse_frequencies
 
 B, N, G, D = 2, 4, 2, 16
@@ -46,7 +45,7 @@ def test_equals_the_method_and_the_cache(name):
         one.set_state(layer, step, update.state)
 
         caches = HeadCaches(
-            PagedKV(other.k_blocks, other.v_blocks),
+            other.pool.kv,
             other.block_table[layer],
             other.cache_seqlens[layer],
             other.state[SEGMENT][layer] if SEGMENT in other.state else None,
@@ -76,7 +75,7 @@ def assert_same(one, other, layer):
         for head in range(G):
             entries = [
                 read_entries(
-                    PagedKV(cache.k_blocks, cache.v_blocks),
+                    cache.pool.kv,
                     cache.block_table[layer],
                     cache.cache_seqlens[layer],
                     row,

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from megatron_dmc.inference.cache.allocator import Allocator, OutOfBlocks
 from megatron_dmc.inference.cache.blocks import Blocks
-from megatron_dmc.inference.cache.memory import available_bytes, zeros
+from megatron_dmc.inference.cache.entry_pool import EntryPool
+from megatron_dmc.inference.cache.memory import available_bytes
 from megatron_dmc.methods.base import HeadCaches, Keep, Slot, State, Update
 from megatron_dmc.methods.step import Step
-from megatron_dmc.ops.paged_attention import entry_slots
-from megatron_dmc.ops.paged_kv import PagedKV
+from megatron_dmc.ops.kv_quantization import AUTO, KVFormat
 
 DEFAULT_BLOCK_SIZE = 32
 
@@ -38,12 +38,13 @@ class CacheShape:
 
     Args:
         num_layers, num_kv_heads, head_dim: of the model.
-        dtype: of keys and values in the pool.
+        dtype: of the model's keys and values.
         state: what the method keeps for every head beside them.
         only_newest_changes: whether the method writes no entry but the newest and the one after it, so that copies of a
             sequence can share full blocks.
         block_size: entries per block, at least 1; kernels take powers of 2 from 16 to 64.
         max_tokens: tokens of a sequence; makes the size of a pool for which none is given.
+        kv_format: of entries in the pool; in 8 bits the newest of every head stays in ``dtype``.
     """
 
     num_layers: int
@@ -54,6 +55,7 @@ class CacheShape:
     only_newest_changes: bool = False
     block_size: int = DEFAULT_BLOCK_SIZE
     max_tokens: int = 4096
+    kv_format: KVFormat = AUTO
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -68,13 +70,19 @@ class CacheShape:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block, keys and values."""
-        return 2 * self.block_size * self.head_dim * self.dtype.itemsize
+        """Bytes of one block: keys, values and their scales."""
+        return self.kv_format.block_bytes(self.block_size, self.head_dim, self.dtype)
+
+    @property
+    def uncompressed_block_bytes(self) -> int:
+        """Bytes of a block whose entries are stored in the model's dtype."""
+        return AUTO.block_bytes(self.block_size, self.head_dim, self.dtype)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the method's state of one head."""
-        return sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in self.state.values())
+        """Bytes that one head keeps beside its blocks: the method's state, and in 8 bits the open entry."""
+        state = sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in self.state.values())
+        return state + self.kv_format.open_entry_bytes(self.head_dim, self.dtype)
 
     def num_blocks(self, num_sequences: int, device: torch.device) -> int:
         """Blocks that so many sequences need at most, without compression, as far as there is memory."""
@@ -117,11 +125,11 @@ class PagedKVCache:
         if num_blocks is None:
             num_blocks = shape.num_blocks(num_sequences, device)
         self.shape, self.may_grow = shape, may_grow
+        heads = (shape.num_layers, num_sequences, shape.num_kv_heads)
         pool = (num_blocks, shape.block_size, shape.head_dim)
-        self.k_blocks, self.v_blocks = zeros(pool, shape.dtype, device), zeros(pool, shape.dtype, device)
+        self.pool = EntryPool(pool, heads, shape.dtype, shape.kv_format, device)
         self.blocks = Blocks(num_blocks, shape.num_layers, device)
         self.rows = Allocator(num_sequences)
-        heads = (shape.num_layers, num_sequences, shape.num_kv_heads)
         self.block_table = torch.zeros(*heads, 1, dtype=torch.int32, device=device)
         self.cache_seqlens = torch.zeros(*heads, dtype=torch.int32, device=device)
         self.held_blocks = torch.zeros_like(self.cache_seqlens)
@@ -135,7 +143,7 @@ class PagedKVCache:
     @property
     def device(self) -> torch.device:
         """Where the cache lives."""
-        return self.k_blocks.device
+        return self.pool.device
 
     def add_sequences(self, count: int) -> list[int]:
         """Rows for ``count`` new sequences; at most ``rows.num_free``."""
@@ -162,8 +170,8 @@ class PagedKVCache:
             self.rows.release(rows)
             raise
         self.blocks.hold(source_LGM, count * is_shared_LGM)
-        for pool in (self.k_blocks, self.v_blocks):
-            pool[block_LCGM[is_copied_LCGM]] = pool[source_LCGM[is_copied_LCGM]]
+        self.pool.copy_blocks(self.pool, source_LCGM[is_copied_LCGM], block_LCGM[is_copied_LCGM])
+        self.pool.copy_open(self.pool, [row] * count, rows)
         self.block_table[:, rows] = torch.where(is_copied_LCGM, block_LCGM, source_LCGM)
         self.held_blocks[:, rows] = needed_LG1.transpose(1, 2)
         for tensor in (self.cache_seqlens, *self.state.values()):
@@ -181,8 +189,8 @@ class PagedKVCache:
         copied.add_sequences(len(rows))
         block_LBGM = copied._take(is_held_LBGM)
         source_LBGM = self.block_table[:, rows]
-        for pool, source in ((copied.k_blocks, self.k_blocks), (copied.v_blocks, self.v_blocks)):
-            pool[block_LBGM[is_held_LBGM]] = source[source_LBGM[is_held_LBGM]]
+        copied.pool.copy_blocks(self.pool, source_LBGM[is_held_LBGM], block_LBGM[is_held_LBGM])
+        copied.pool.copy_open(self.pool, rows, range(len(rows)))
         copied.block_table, copied.held_blocks = block_LBGM, needed_LBG
         copied.cache_seqlens = self.cache_seqlens[:, rows]
         copied.state = {name: tensor[:, rows] for name, tensor in self.state.items()}
@@ -196,6 +204,7 @@ class PagedKVCache:
         self._shrink(slice(None), rows_B, torch.zeros_like(self.held_blocks[:, rows_B]))
         for tensor in (self.cache_seqlens, *self.state.values()):
             tensor[:, rows_B] = 0
+        self.pool.forget_open(rows_B)
         for row in rows:
             self.num_tokens[row] = 0
 
@@ -237,21 +246,18 @@ class PagedKVCache:
         before_BG, end_TG = self.cache_seqlens[layer, step.rows_B], update.entry_TG + 1
         if step.decodes:
             length_BG = torch.maximum(before_BG, end_TG)
-            table_BGM = self.block_table[layer, step.rows_B]
-            slot_TG = entry_slots(table_BGM, update.entry_TG.long().unsqueeze(-1), self.shape.block_size).squeeze(-1)
-            self._store(slot_TG, update.k_TGD, update.v_TGD)
         else:
             sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
             length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
             self._extend(layer, step.rows_B, length_BG)
-            table_BGM = self.block_table[layer, step.rows_B]
-            token, head = (end_TG > 0).nonzero(as_tuple=True)
-            entry = update.entry_TG[token, head].long()
-            block = table_BGM[step.sequence_T[token], head, entry // self.shape.block_size].long()
-            slots = block * self.shape.block_size + entry % self.shape.block_size
-            self._store(slots, update.k_TGD[token, head], update.v_TGD[token, head])
+        table_BGM = self.block_table[layer, step.rows_B]
+        newest = update[:3] if step.decodes else (x[step.last_B] for x in update[:3])
+        k_BGD, v_BGD, entry_BG = newest
+        self.pool.write_newest(layer, step.rows_B, table_BGM, entry_BG, k_BGD, v_BGD)
+        if not step.decodes:
+            self._write_others(step, update, table_BGM)
         self.cache_seqlens[layer, step.rows_B] = length_BG
-        return HeadCaches(PagedKV(self.k_blocks, self.v_blocks), table_BGM, before_BG, length_BG)
+        return HeadCaches(self.pool.of(layer, step.rows_B), table_BGM, before_BG, length_BG)
 
     def set_state(self, layer: int, step: Step, state: State) -> None:
         """Keep the method's state of the head caches of one layer."""
@@ -263,12 +269,8 @@ class PagedKVCache:
         table_BGM = self.block_table[layer, step.rows_B]
         place_E = torch.arange(int(keep.length_BG.max()), device=self.device)
         kept_BGE = place_E < keep.length_BG.unsqueeze(-1)
-        entry_BGE = torch.where(kept_BGE, keep.entry_BGE[..., : len(place_E)], 0)
-        from_BGE = entry_slots(table_BGM, entry_BGE, self.shape.block_size)
-        to_BGE = entry_slots(table_BGM, torch.where(kept_BGE, place_E, 0), self.shape.block_size)
-        for pool in (self.k_blocks, self.v_blocks):
-            entries = pool.flatten(0, 1)
-            entries[to_BGE[kept_BGE]] = entries[from_BGE[kept_BGE]]
+        entry_BGE = keep.entry_BGE[..., : len(place_E)]
+        self.pool.compact(layer, step.rows_B, table_BGM, entry_BGE, kept_BGE)
         self.cache_seqlens[layer, step.rows_B] = keep.length_BG
         self._shrink(slice(layer, layer + 1), step.rows_B, self._num_blocks(keep.length_BG).unsqueeze(0))
         self.set_state(layer, step, keep.state)
@@ -281,6 +283,7 @@ class PagedKVCache:
     def check_integrity(self) -> None:
         """Compare lengths, tables and books. The message of the ``AssertionError`` is what does not hold."""
         self.rows.check_integrity()
+        self.pool.check_integrity(self.cache_seqlens, self.shape.only_newest_changes)
         is_held = self._columns() < self.held_blocks.unsqueeze(-1)
         self.blocks.check_integrity(self.block_table[is_held])
         num_free = self.blocks.num_free
@@ -295,6 +298,16 @@ class PagedKVCache:
         occupied = {row for row, held in enumerate(self.held_blocks.sum(dim=(0, 2)).tolist()) if held}
         stray = sorted(row for row in occupied if not self.rows.is_in_use(row))
         assert not stray, f"free rows that hold blocks: {stray} != []"
+
+    def _write_others(self, step: Step, update: Update, table_BGM: Tensor) -> None:
+        """Store the entries of all tokens but the last of each sequence."""
+        is_written_TG = update.entry_TG >= 0
+        is_written_TG[step.last_B] = False
+        token, head = is_written_TG.nonzero(as_tuple=True)
+        entry = update.entry_TG[token, head].long()
+        block = table_BGM[step.sequence_T[token], head, entry // self.shape.block_size].long()
+        slots = block * self.shape.block_size + entry % self.shape.block_size
+        self.pool.write(slots, update.k_TGD[token, head], update.v_TGD[token, head])
 
     def _extend(self, layer: int, rows_B: Tensor, length_BG: Tensor) -> None:
         """Take the blocks that so many entries of each head cache need in one layer; those that are there stay."""
@@ -323,8 +336,7 @@ class PagedKVCache:
         block = self.blocks.take(is_wanted.flatten(1), layers).view(is_wanted.shape)
         if self.device.type == "cpu":
             # What another sequence left behind might not be finite, and attention multiplies it by 0 there.
-            for pool in (self.k_blocks, self.v_blocks):
-                pool[block[is_wanted]] = 0
+            self.pool.clear(block[is_wanted])
         return block.int()
 
     def _see_free(self, is_wanted: Tensor) -> None:
@@ -347,9 +359,7 @@ class PagedKVCache:
     def _grow(self, missing: int) -> int:
         """How many blocks were added."""
         extra = max(missing, self.blocks.total // 2)
-        self.k_blocks, self.v_blocks = (
-            torch.cat([pool, pool.new_zeros(extra, *pool.shape[1:])]) for pool in (self.k_blocks, self.v_blocks)
-        )
+        self.pool.grow(extra)
         self.blocks.extend(extra)
         return extra
 
@@ -358,10 +368,6 @@ class PagedKVCache:
         num_blocks, width = -(-num_entries // self.shape.block_size), self.block_table.shape[-1]
         if num_blocks > width:
             self.block_table = F.pad(self.block_table, (0, max(num_blocks, 2 * width) - width))
-
-    def _store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self.k_blocks.flatten(0, 1)[slots] = k
-        self.v_blocks.flatten(0, 1)[slots] = v
 
     def _num_blocks(self, num_entries: Tensor) -> Tensor:
         return (num_entries + self.shape.block_size - 1) // self.shape.block_size

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_dmc.inference.cache.paged_kv_cache import PagedKVCache
+from megatron_dmc.ops.kv_quantization import AUTO
 from megatron_dmc.support.units import binary_bytes
 
 
@@ -21,8 +22,9 @@ from megatron_dmc.support.units import binary_bytes
 class CacheUsage:
     """Memory of one or several sequences, read off a cache.
 
-    Bytes are whole blocks of keys and values plus the method's state. Block tables (4 bytes a block) are left out. The
-    uncompressed cache has the same block size and no state.
+    Bytes are whole blocks of keys and values with their scales, plus the method's state and, in 8 bits, open entries.
+    Block tables (4 bytes a block) are left out. The uncompressed cache has the same block size, the model's dtype and
+    no state.
     """
 
     num_sequences: int
@@ -34,9 +36,13 @@ class CacheUsage:
     """Blocks held, by layer and KV head."""
     uncompressed_blocks: int
     """Blocks that one head of one layer would hold without compression."""
+    kv_dtype: str
+    """Format of closed entries, as users know it."""
     block_bytes: int
+    uncompressed_block_bytes: int
+    """Bytes of a block in the model's dtype."""
     state_bytes: int
-    """Bytes of the method's state per layer and KV head, over all sequences."""
+    """Bytes beside the blocks per layer and KV head, over all sequences: the method's state, and open entries."""
 
     @classmethod
     def of(cls, cache: PagedKVCache, rows: Sequence[int]) -> CacheUsage:
@@ -49,7 +55,9 @@ class CacheUsage:
             entries=_table(cache.cache_seqlens[:, index].sum(dim=1)),
             blocks=_table(cache.held_blocks[:, index].sum(dim=1)),
             uncompressed_blocks=sum(-(-cache.num_tokens[row] // size) for row in index),
+            kv_dtype=cache.shape.kv_format.name,
             block_bytes=cache.shape.block_bytes,
+            uncompressed_block_bytes=cache.shape.uncompressed_block_bytes,
             state_bytes=cache.shape.state_bytes * len(index),
         )
 
@@ -57,13 +65,13 @@ class CacheUsage:
     def total(cls, usages: Iterable[CacheUsage]) -> CacheUsage:
         """The sum over disjoint sets of sequences of one model; at least one."""
         parts = list(usages)
-        return cls(
+        return dataclasses.replace(
+            parts[0],
             num_sequences=sum(part.num_sequences for part in parts),
             num_tokens=sum(part.num_tokens for part in parts),
             entries=_summed([part.entries for part in parts]),
             blocks=_summed([part.blocks for part in parts]),
             uncompressed_blocks=sum(part.uncompressed_blocks for part in parts),
-            block_bytes=parts[0].block_bytes,
             state_bytes=sum(part.state_bytes for part in parts),
         )
 
@@ -98,20 +106,21 @@ class CacheUsage:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of all blocks and of the state."""
+        """Bytes of all blocks and of what is kept beside them."""
         return sum(sum(row) for row in self.blocks) * self.block_bytes + self.num_heads * self.state_bytes
 
     @property
     def uncompressed_bytes(self) -> int:
-        """Bytes of all blocks without compression."""
-        return self.uncompressed_blocks * self.block_bytes * self.num_heads
+        """Bytes of all blocks without compression, in the model's dtype."""
+        return self.uncompressed_blocks * self.uncompressed_block_bytes * self.num_heads
 
     def summary(self) -> str:
         """One line for people."""
         bytes_ratio = self.uncompressed_bytes / max(self.bytes_held, 1)
+        stored = "" if self.kv_dtype == AUTO.name else f" in {self.kv_dtype}"
         return (
-            f"cache: {self.num_entries:,} entries, {binary_bytes(self.bytes_held)} for {self.num_tokens:,} tokens; "
-            f"uncompressed: {self.uncompressed_entries:,} entries, {binary_bytes(self.uncompressed_bytes)} "
+            f"cache: {self.num_entries:,} entries{stored}, {binary_bytes(self.bytes_held)} for {self.num_tokens:,} "
+            f"tokens; uncompressed: {self.uncompressed_entries:,} entries, {binary_bytes(self.uncompressed_bytes)} "
             f"(compression ratio {self.compression_ratio:.2f}, {bytes_ratio:.2f} in bytes)"
         )
 
@@ -121,6 +130,7 @@ class CacheUsage:
             "num_sequences": self.num_sequences,
             "num_tokens": self.num_tokens,
             "compression_ratio": self.compression_ratio,
+            "kv_dtype": self.kv_dtype,
             "entries": self.num_entries,
             "uncompressed_entries": self.uncompressed_entries,
             "bytes": self.bytes_held,

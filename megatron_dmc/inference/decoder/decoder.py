@@ -22,6 +22,7 @@ from megatron_dmc.methods.step import Step
 from megatron_dmc.models.config import DTYPES
 from megatron_dmc.models.tensors import by_hf_name, hf_name
 from megatron_dmc.ops.geometry import Geometry
+from megatron_dmc.ops.kv_quantization import AUTO, find_kv_format
 from megatron_dmc.ops.rope import inverse_frequencies
 
 
@@ -115,9 +116,24 @@ class Decoder:
         self.output = self.embedding if config.tie_word_embeddings else load("output")
 
     def new_cache(
-        self, num_sequences: int, *, block_size: int = DEFAULT_BLOCK_SIZE, num_blocks: int | None = None
+        self,
+        num_sequences: int,
+        *,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        num_blocks: int | None = None,
+        kv_dtype: str = AUTO.name,
     ) -> PagedKVCache:
-        """An empty cache for this rank's heads; see :class:`PagedKVCache`. ``num_blocks`` are those of all ranks."""
+        """An empty cache for this rank's heads; see :class:`PagedKVCache`.
+
+        Args:
+            num_sequences: held at once.
+            block_size: entries per block.
+            num_blocks: of all ranks.
+            kv_dtype: what closed entries are stored as, a name of ``KV_FORMATS``.
+
+        Raises:
+            ValueError: an unknown format, or no room for the pool.
+        """
         if num_blocks is not None:
             num_blocks = max(1, num_blocks // self.parallel.size)
         shape = CacheShape(
@@ -125,6 +141,7 @@ class Decoder:
             num_kv_heads=self.share.num_kv_heads,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
+            kv_format=find_kv_format(kv_dtype),
             state=self.method.state(self.config.head_dim),
             only_newest_changes=self.method.only_newest_changes,
             block_size=block_size,
@@ -154,6 +171,10 @@ class Decoder:
         trace: DecisionTrace | None = None,
     ) -> Tensor:
         """Read new tokens of some sequences behind what the cache holds of them: prompts, parts of them, single tokens.
+
+        Tokens of one pass attend to one another as they are. In a cache of 8 bits they see those of former passes
+        quantised, so hidden states depend a little on how a text is cut, and with them what is stored; the same cut
+        gives the same bits.
 
         Args:
             token_T: the new tokens, those of one sequence after those of another.

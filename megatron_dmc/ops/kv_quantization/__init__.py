@@ -6,6 +6,6 @@ once, when the segment closes; an entry is never quantised twice. ``formats`` li
 """
 
 from megatron_dmc.ops.kv_quantization.entries import dequantise, quantise
-from megatron_dmc.ops.kv_quantization.formats import KV_FORMATS, KVFormat, find_kv_format, format_of
+from megatron_dmc.ops.kv_quantization.formats import AUTO, KV_FORMATS, KVFormat, find_kv_format, format_of
 
-__all__ = ["KV_FORMATS", "KVFormat", "dequantise", "find_kv_format", "format_of", "quantise"]
+__all__ = ["AUTO", "KV_FORMATS", "KVFormat", "dequantise", "find_kv_format", "format_of", "quantise"]

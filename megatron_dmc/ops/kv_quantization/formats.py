@@ -35,16 +35,19 @@ class KVFormat:
         return 0 if self.dtype is None else 2 * head_dim * model_dtype.itemsize + torch.int32.itemsize
 
 
+AUTO = KVFormat("auto")
+"""As the model computes."""
+
 KV_FORMATS = {
     kv_format.name: kv_format
     for kv_format in (
-        KVFormat("auto"),
+        AUTO,
         KVFormat("fp8", torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max),
         # Symmetric: -128 is not used.
         KVFormat("int8", torch.int8, 127.0),
     )
 }
-"""By name: ``auto`` is the model's dtype."""
+"""By name."""
 
 
 def find_kv_format(name: str) -> KVFormat:
@@ -60,4 +63,4 @@ def find_kv_format(name: str) -> KVFormat:
 
 def format_of(dtype: torch.dtype) -> KVFormat:
     """The format that stores numbers of ``dtype``."""
-    return next((kv_format for kv_format in KV_FORMATS.values() if kv_format.dtype == dtype), KV_FORMATS["auto"])
+    return next((kv_format for kv_format in KV_FORMATS.values() if kv_format.dtype == dtype), AUTO)

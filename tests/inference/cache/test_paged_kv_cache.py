@@ -1,5 +1,6 @@
 """The paged cache against lists: random passes that append and overwrite, prompts that are cut, copies, departures."""
 
+import copy
 import dataclasses
 import random
 from pathlib import Path
@@ -13,6 +14,8 @@ from megatron_dmc.inference.cache.paged_kv_cache import CacheShape, PagedKVCache
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.methods.base import Keep, Slot, Update
 from megatron_dmc.methods.step import Step
+from megatron_dmc.ops.kv_quantization import dequantise, find_kv_format, quantise
+from megatron_dmc.ops.paged_attention.reference import read_entries
 
 L, G, D, P = 2, 3, 4, 4
 SUMS = Slot((2 * D + 1,))
@@ -21,33 +24,51 @@ NEWEST = dataclasses.replace(SHAPE, only_newest_changes=True)
 
 
 class ListCache:
-    """The same cache as a dictionary: (layer, row, head) -> entries by place, each a pair of lists."""
+    """The same cache as a dictionary: (layer, row, head) -> entries by place, each a pair of lists.
 
-    def __init__(self):
-        self.entries = {}
+    An entry is quantised when the next token writes another place; that of the newest token is open until then.
+    """
+
+    def __init__(self, kv_dtype="auto"):
+        self.kv_format = find_kv_format(kv_dtype)
+        self.entries, self.open = {}, {}
 
     def write(self, layer, step, update):
         for token, sequence in enumerate(step.sequence_T.tolist()):
             for head in range(G):
-                entries = self.entries.setdefault((layer, step.rows[sequence], head), {})
-                entry = int(update.entry_TG[token, head])
+                key, entry = (layer, step.rows[sequence], head), int(update.entry_TG[token, head])
                 if entry >= 0:
-                    entries[entry] = (update.k_TGD[token, head].tolist(), update.v_TGD[token, head].tolist())
+                    entries = self.entries.setdefault(key, {})
+                    if key in self.open:
+                        entries[self.open[key]] = [self.closed(x) for x in entries[self.open[key]]]
+                    entries[entry] = [update.k_TGD[token, head].tolist(), update.v_TGD[token, head].tolist()]
+                    self.open[key] = entry
+
+    def closed(self, x_D):
+        if self.kv_format.dtype is None:
+            return x_D
+        return dequantise(*quantise(torch.tensor(x_D), self.kv_format), torch.float32).tolist()
 
     def compact(self, layer, step, keep):
         for sequence, row in enumerate(step.rows):
             for head in range(G):
+                key = (layer, row, head)
                 kept = keep.entry_BGE[sequence, head, : keep.length_BG[sequence, head]].tolist()
-                entries = self.entries[layer, row, head]
-                self.entries[layer, row, head] = {place: entries[entry] for place, entry in enumerate(kept)}
+                self.entries[key] = {place: self.entries[key][entry] for place, entry in enumerate(kept)}
+                newest = self.open.pop(key)
+                if newest in kept:
+                    self.open[key] = kept.index(newest)
 
     def fork(self, row, rows):
-        for (layer, held, head), entries in list(self.entries.items()):
-            if held == row:
-                self.entries.update({(layer, new, head): dict(entries) for new in rows})
+        for held in (self.entries, self.open):
+            for (layer, source, head), value in list(held.items()):
+                if source == row:
+                    held.update({(layer, new, head): copy.copy(value) for new in rows})
 
     def free(self, rows):
-        self.entries = {key: value for key, value in self.entries.items() if key[1] not in rows}
+        self.entries, self.open = (
+            {key: value for key, value in held.items() if key[1] not in rows} for held in (self.entries, self.open)
+        )
 
 
 def random_update(draw, step, length_BG, only_newest):
@@ -101,22 +122,32 @@ def run_pass(draw, cache, lists, rows, counts):
 
 def entries_of(cache, layer, row, head):
     """What ``cache`` holds for one head, entry by entry through its block table."""
-    found = []
-    for entry in range(int(cache.cache_seqlens[layer, row, head])):
-        block = cache.block_table[layer, row, head, entry // P]
-        found.append((cache.k_blocks[block, entry % P].tolist(), cache.v_blocks[block, entry % P].tolist()))
-    return found
+    kv = cache.pool.of(layer, torch.arange(cache.rows.total))
+    entries = read_entries(kv, cache.block_table[layer], cache.cache_seqlens[layer], row, head)
+    return [[x.tolist() for x in entry] for entry in entries]
+
+
+def of_format(shape, kv_dtype):
+    return dataclasses.replace(shape, kv_format=find_kv_format(kv_dtype))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_blocks": 600}, {"num_blocks": 1, "may_grow": True}], ids=["any size", "fixed", "growing"]
+    ("options", "kv_dtype"),
+    [
+        ({}, "auto"),
+        ({"num_blocks": 600}, "auto"),
+        ({"num_blocks": 1, "may_grow": True}, "auto"),
+        ({"num_blocks": 600}, "fp8"),
+        ({"num_blocks": 1, "may_grow": True}, "int8"),
+    ],
+    ids=["any size", "fixed", "growing", "fixed, fp8", "growing, int8"],
 )
 @pytest.mark.parametrize("shape", [SHAPE, NEWEST], ids=["any entry changes", "only the newest changes"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_random_trace_against_lists(options, shape, seed):
+def test_random_trace_against_lists(options, kv_dtype, shape, seed):
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    cache, lists, running = PagedKVCache(shape, 5, **options), ListCache(), []
+    cache, lists, running = PagedKVCache(of_format(shape, kv_dtype), 5, **options), ListCache(kv_dtype), []
     for _ in range(80):
         action = draw.random()
         if cache.rows.num_free and action < 0.2:
@@ -152,7 +183,7 @@ def append_everywhere(cache, rows):
     frequencies = torch.ones(D // 2, device=cache.device)
     step = Step(rows, [cache.num_tokens[row] for row in rows], [1] * len(rows), frequencies)
     for layer in range(L):
-        ones = torch.ones(len(rows), G, D, device=cache.device)
+        ones = torch.ones(len(rows), G, D, dtype=cache.shape.dtype, device=cache.device)
         cache.write(layer, step, Update(ones, ones, cache.before(layer, step)[1], {}))
     cache.commit(step)
 
@@ -180,8 +211,8 @@ def test_a_pool_without_a_size_takes_memory_as_it_is_written():
     cache = PagedKVCache(shape, 40)
     assert cache.blocks.total == 40 * L * G * (10_000 // 32 + 1)
     cache.add_sequences(1)
-    cache.k_blocks[:1000] = 1.0
-    written, pool = 1000 * 32 * 256 * 4, 2 * cache.k_blocks.nbytes
+    cache.pool.kv.k_blocks[:1000] = 1.0
+    written, pool = 1000 * 32 * 256 * 4, 2 * cache.pool.kv.k_blocks.nbytes
     assert pool > 40 * written
     assert written <= resident_bytes() - before < 2 * written
 
@@ -196,7 +227,7 @@ def test_a_prompt_takes_the_blocks_that_its_entries_need():
     rows = cache.add_sequences(1)
     step = Step(rows, [0], [400], torch.ones(D // 2))
     entry_TG = torch.full((400, G), -1, dtype=torch.int32)
-    entry_TG[::8] = torch.arange(50, dtype=torch.int32).unsqueeze(-1)
+    entry_TG[7::8] = torch.arange(50, dtype=torch.int32).unsqueeze(-1)
     cache.reserve(rows, step.counts)
     for layer in range(L):
         cache.write(layer, step, Update(torch.ones(400, G, D), torch.ones(400, G, D), entry_TG, {}))
@@ -213,10 +244,11 @@ def test_a_prompt_takes_the_blocks_that_its_entries_need():
     assert another.blocks.num_in_use == 0
 
 
-def test_a_step_of_decoding_reads_nothing_back():
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_step_of_decoding_reads_nothing_back(kv_dtype):
     """Tensors without data: whoever asks for their numbers fails. A GPU would have to wait for them."""
     with FakeTensorMode():
-        cache = PagedKVCache(SHAPE, 4, num_blocks=200, device="cuda")
+        cache = PagedKVCache(of_format(SHAPE, kv_dtype), 4, num_blocks=200, device="cuda")
         rows = cache.add_sequences(3)
         for _ in range(5):
             append_everywhere(cache, rows)
@@ -240,17 +272,18 @@ def test_copies_share_the_blocks_that_no_step_changes(shape, num_copied):
     cache.free_sequences([row])
     cache.check_integrity()
     assert cache.cache_seqlens[:, copies[1:]].eq(10).all()
-    assert entries_of(cache, 1, copies[2], 0) == [([1.0] * D, [1.0] * D)] * 10
+    assert entries_of(cache, 1, copies[2], 0) == [[[1.0] * D, [1.0] * D]] * 10
     cache.free_sequences(copies)
     cache.check_integrity()
     assert cache.blocks.num_in_use == 0
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("may_grow", [False, True])
-def test_copies_in_a_cache_of_their_own(may_grow):
+def test_copies_in_a_cache_of_their_own(may_grow, kv_dtype):
     """In any order and number, with nothing shared: what is read later stays apart."""
-    draw, lists = random.Random(0), ListCache()
-    cache = PagedKVCache(SHAPE, 3, num_blocks=1 if may_grow else None, may_grow=may_grow)
+    draw, lists = random.Random(0), ListCache(kv_dtype)
+    cache = PagedKVCache(of_format(SHAPE, kv_dtype), 3, num_blocks=1 if may_grow else None, may_grow=may_grow)
     rows = cache.add_sequences(3)
     run_pass(draw, cache, lists, rows, [9, 1, 14])
     chosen = [rows[2], rows[0], rows[2]]
@@ -297,13 +330,13 @@ def test_a_sequence_that_has_read_nothing_can_be_copied():
 def test_taken_blocks_hold_numbers_whatever_was_in_them():
     """Attention on a CPU multiplies values beyond the length of a head by 0."""
     cache = PagedKVCache(SHAPE, 1, num_blocks=L * G * 2)
-    for pool in (cache.k_blocks, cache.v_blocks):
+    for pool in (cache.pool.kv.k_blocks, cache.pool.kv.v_blocks):
         pool.fill_(torch.nan)
     rows = cache.add_sequences(1)
     for _ in range(5):
         append_everywhere(cache, rows)
-    assert cache.k_blocks.isfinite().all()
-    assert cache.v_blocks.isfinite().all()
+    assert cache.pool.kv.k_blocks.isfinite().all()
+    assert cache.pool.kv.v_blocks.isfinite().all()
 
 
 def test_a_row_given_back_twice_is_a_fault_and_is_not_handed_out_twice():
@@ -337,13 +370,48 @@ def test_integrity_names_a_free_row_that_holds_blocks():
         cache.check_integrity()
 
 
+@pytest.mark.parametrize(
+    ("shape", "place", "message"),
+    [
+        (SHAPE, 3, "open entries outside their head caches: 1 != 0"),
+        (NEWEST, 0, "open entries that are not the last ones: 1 != 0"),
+    ],
+)
+def test_integrity_names_an_open_entry_out_of_place(shape, place, message):
+    cache = PagedKVCache(of_format(shape, "int8"), 2)
+    rows = cache.add_sequences(1)
+    for _ in range(3):
+        append_everywhere(cache, rows)
+    cache.check_integrity()
+    cache.pool.kv.open_entry_BG[1, rows[0], 2] = place
+    with pytest.raises(AssertionError, match=message):
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])
+def test_usage_counts_scales_and_open_entries(kv_dtype):
+    shape = dataclasses.replace(of_format(SHAPE, kv_dtype), dtype=torch.bfloat16)
+    cache = PagedKVCache(shape, 1)
+    rows = cache.add_sequences(1)
+    for _ in range(9):
+        append_everywhere(cache, rows)
+    usage, kv = CacheUsage.of(cache, rows), cache.pool.kv
+    assert kv.k_blocks.dtype == shape.kv_format.dtype
+    per_block = sum(x[0].nbytes for x in (kv.k_blocks, kv.v_blocks, kv.k_scale, kv.v_scale))
+    beside = sum(x.nbytes for x in (kv.k_open, kv.v_open, kv.open_entry_BG, cache.state["sums"]))
+    assert usage.bytes_held == L * G * 3 * per_block + beside
+    assert usage.uncompressed_bytes == L * G * 3 * 2 * P * D * 2
+    assert f"{L * G * 9} entries in {kv_dtype}, " in usage.summary()
+    assert usage.to_dict()["kv_dtype"] == kv_dtype
+
+
 def test_usage_counts_entries_blocks_and_state():
     cache = PagedKVCache(SHAPE, 3)
     rows = cache.add_sequences(2)
     step = Step(rows, [0, 0], [10, 6], torch.ones(D // 2))
     lengths = torch.tensor([[5, 1, 8], [2, 2, 4]])
-    entry_TG = step.offset_T.unsqueeze(-1).expand(-1, G)
-    entry_TG = torch.where(entry_TG < lengths[step.sequence_T], entry_TG, -1).to(torch.int32)
+    surplus = torch.tensor(step.counts).unsqueeze(-1) - lengths
+    entry_TG = (step.offset_T.unsqueeze(-1) - surplus[step.sequence_T]).clamp(min=-1).to(torch.int32)
     cache.reserve(rows, step.counts)
     for layer in range(L):
         cache.write(layer, step, Update(torch.ones(16, G, D), torch.ones(16, G, D), entry_TG, {}))
