@@ -125,10 +125,14 @@ def _num_blocks(args: argparse.Namespace, opened: OpenedModel, together: Sequenc
     memory, there_is = opened.memory, opened.device_memory
     workspace = memory.workspace(min(args.prefill_chunk, sum(together)), len(together))
     if args.num_blocks is None:
-        return memory.num_blocks(workspace, together, least, there_is, args.memory_fraction)
-    need = Need(memory.weights, memory.pool(args.num_blocks, len(together)), workspace)
-    need.require(there_is, "lower --num-blocks, --max-sequences or --prefill-chunk, or take --dtype bfloat16")
-    return args.num_blocks
+        num_blocks = memory.num_blocks(workspace, together, least, there_is, args.memory_fraction)
+        cache = min(memory.pool(num_blocks, len(together)), memory.cache(together))
+    else:
+        num_blocks = args.num_blocks
+        cache = memory.pool(num_blocks, len(together))
+    remedy = "lower --num-blocks, --max-sequences or --prefill-chunk, or take --dtype bfloat16"
+    print(Need(memory.weights, cache, workspace).require(there_is, remedy), file=sys.stderr)
+    return num_blocks
 
 
 def say_what_was_taken(args: argparse.Namespace, tokenizer: Tokenizer, ends: EndTokens) -> None:
