@@ -107,7 +107,8 @@ def _require_memory(args: argparse.Namespace, opened: OpenedModel, seq_length: i
     at_once = batch * (args.prefill_length if args.path == "decode" else seq_length)
     cache = 0 if args.path == "teacher-forced" else memory.cache([seq_length] * batch)
     need = Need(memory.weights, cache, memory.workspace(max(at_once, batch), batch))
-    need.require(opened.device_memory, "lower --batch-size or --seq-length, or take --dtype bfloat16")
+    remedy = "lower --batch-size or --seq-length, or take --dtype bfloat16"
+    print(need.require(opened.device_memory, remedy), file=sys.stderr)
 
 
 def _tokens(args: argparse.Namespace, opened: OpenedModel) -> np.ndarray:

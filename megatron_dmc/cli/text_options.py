@@ -127,11 +127,16 @@ def _num_blocks(args: argparse.Namespace, opened: OpenedModel, together: Sequenc
     # Every rank samples from the logits of all.
     workspace = memory.workspace(min(args.prefill_chunk, sum(together)), parallel.size * len(together))
     if args.num_blocks is None:
-        mine = memory.num_blocks(workspace, together, least, there_is, args.memory_fraction)
-        return parallel.size * parallel.least(mine)
-    need = Need(memory.weights, memory.pool(args.num_blocks // parallel.size, len(together)), workspace)
-    need.require(there_is, "lower --num-blocks, --max-sequences or --prefill-chunk, or take --dtype bfloat16")
-    return args.num_blocks
+    ranks = parallel.size
+    if args.num_blocks is None:
+        mine = parallel.least(memory.num_blocks(workspace, together, least, there_is, args.memory_fraction))
+        cache = min(memory.pool(mine, len(together)), memory.cache(together))
+    else:
+        mine = args.num_blocks // parallel.size
+        cache = memory.pool(mine, len(together))
+    remedy = "lower --num-blocks, --max-sequences or --prefill-chunk, or take --dtype bfloat16"
+    print(Need(memory.weights, cache, workspace).require(there_is, remedy), file=sys.stderr)
+    return parallel.size * mine if args.num_blocks is None else args.num_blocks
 
 
 def say_what_was_taken(args: argparse.Namespace, tokenizer: Tokenizer, ends: EndTokens) -> None:

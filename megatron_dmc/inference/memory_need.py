@@ -60,14 +60,18 @@ class Need:
         weights, cache, workspace = map(binary_bytes, (self.weights, self.cache, self.workspace))
         return f"{binary_bytes(self.total)} ({weights} of weights, {cache} of cache, {workspace} of workspace)"
 
-    def require(self, memory: DeviceMemory, remedy: str) -> None:
+    def require(self, memory: DeviceMemory, remedy: str) -> str:
         """Compare with what there is.
+
+        Returns:
+            Both, in a line for people.
 
         Raises:
             ValueError: it does not fit; ``remedy`` says what to lower.
         """
         if self.total > memory.available:
             raise ValueError(f"about {self} are needed, {binary_bytes(memory.available)} are free: {remedy}")
+        return f"memory: about {self} of {binary_bytes(memory.available)}"
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def test_the_work_and_the_perplexity_are_shown_while_it_runs(model, data, capsys
     options = ["--seq-length", "50", "--sequences", "6", "--batch-size", "4", "--path", "teacher-forced"]
     assert main(["evaluate", "--model", str(model), "--data", str(data), *options]) == 0
     printed = capsys.readouterr()
-    said = printed.err.splitlines()
+    memory, *said = printed.err.splitlines()
+    assert re.fullmatch(r"memory: about .* of weights, .* of cache, .* of workspace\) of .*", memory)
     assert said[0] == "6 sequences, 300 tokens, by the path teacher-forced"
     assert said[1] == "evaluating model: 200 of 300 tokens (67%)"
     assert re.fullmatch("the first batch says: about [0-9]+ s in all", said[2])

@@ -77,7 +77,8 @@ def test_what_does_not_fit_is_refused_with_what_to_lower():
 
 def test_a_need_beyond_the_memory_is_refused():
     need = Need(GIB, 2 * GIB, GIB // 2)
-    need.require(DeviceMemory(4 * GIB, 8 * GIB), "never")
+    said = need.require(DeviceMemory(4 * GIB, 8 * GIB), "never")
+    assert said.startswith("memory: about 3.5 GiB (1.0 GiB of weights")
     with pytest.raises(ValueError, match=r"about 3.5 GiB .* are needed, 3.0 GiB are free: lower --batch-size"):
         need.require(DeviceMemory(3 * GIB, 8 * GIB), "lower --batch-size")
 
