@@ -43,6 +43,16 @@ def test_both_paths_on_an_indexed_data_set(model, data, capsys):
     assert result["teacher_forced"]["perplexity"] == pytest.approx(result["decode"]["perplexity"], rel=1e-4)
 
 
+def test_a_cache_of_8_bits_is_reported_beside_the_teacher_forced_path(model, data, capsys):
+    options = ["--seq-length", "50", "--sequences", "2", "--kv-dtype", "int8", "--json"]
+    assert main(["evaluate", "--model", str(model), "--data", str(data), *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert not result["agreement"]["asserted"]
+    assert result["agreement"]["mean_log_prob_difference"] > 1e-5
+    assert result["decode"]["cache"]["kv_dtype"] == "int8"
+    assert result["decode"]["loss"] == pytest.approx(result["teacher_forced"]["loss"], rel=1e-2)
+
+
 def test_the_work_and_the_perplexity_are_shown_while_it_runs(model, data, capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     options = ["--seq-length", "50", "--sequences", "6", "--batch-size", "4", "--path", "teacher-forced"]
@@ -102,6 +112,8 @@ def test_paths_that_disagree_exit_with_2(model, data, capsys, monkeypatch):
         ({"--block-size": "0"}, "block_size=0"),
         ({"--prefill-length": "51"}, "from 0 to the sequence length 50"),
         ({"--device": "abacus"}, "--device abacus"),
+        ({"--kv-dtype": "int4"}, "kv_dtype='int4': must be one of auto, fp8, int8"),
+        ({"--kv-dtype": "fp8", "--path": "teacher-forced"}, "has no cache that could be quantised"),
         ({"--path": "fast"}, "invalid choice: 'fast'"),
     ],
 )

@@ -55,10 +55,24 @@ def test_json_from_a_file_of_prompts(model, tmp_path, capsys):
     assert again == printed
 
 
+def test_a_cache_of_8_bits(model, capsys):
+    arguments = ["generate", "--model", str(model), "--prompt", "def", "--max-new-tokens", "60", "--ignore-eod"]
+    held = {}
+    for kv_dtype in ("auto", "fp8", "int8"):
+        assert main([*arguments, "--kv-dtype", kv_dtype, "--json"]) == 0
+        held[kv_dtype] = json.loads(capsys.readouterr().out)["cache"]
+        assert held[kv_dtype]["kv_dtype"] == kv_dtype
+    assert held["int8"]["uncompressed_bytes"] == held["auto"]["uncompressed_bytes"]
+    assert held["int8"]["bytes_ratio"] == pytest.approx(held["int8"]["uncompressed_bytes"] / held["int8"]["bytes"])
+    assert main([*arguments, "--kv-dtype", "fp8"]) == 0
+    assert "entries in fp8, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"--model": "nowhere"}, "nowhere"),
+        ({"--kv-dtype": "int4"}, "kv_dtype='int4': must be one of auto, fp8, int8 (auto = as the model)"),
         ({"--prompt": ""}, "prompt 0 is empty"),
         ({"--max-new-tokens": "0"}, "max_new_tokens=0: must be at least 1"),
         ({"--max-new-tokens": "500"}, "the model reads at most 128"),
