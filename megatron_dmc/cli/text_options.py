@@ -127,8 +127,6 @@ def _num_blocks(args: argparse.Namespace, opened: OpenedModel, together: Sequenc
     # Every rank samples from the logits of all.
     workspace = memory.workspace(min(args.prefill_chunk, sum(together)), parallel.size * len(together))
     if args.num_blocks is None:
-    ranks = parallel.size
-    if args.num_blocks is None:
         mine = parallel.least(memory.num_blocks(workspace, together, least, there_is, args.memory_fraction))
         cache = min(memory.pool(mine, len(together)), memory.cache(together))
     else:
