@@ -60,7 +60,7 @@ OTHERS = """--seq-length 0|--seq-length 99999|--sequences 0|--sequences 99999999
 --num-blocks 0|--max-sequences 0|--output hf
 --output data|--output text.jsonl|--output /proc/none/x|--workers 0|--workers x|--split 1,1|--split 0,0,0|--split x
 --json-key nothing|--skip-bad-lines|--overwrite|--dry-run|--max-memory 3|--max-memory much|--layout none
---dtype float99|--transformer-impl none|--no-hashes|--ignore-setting x|--num-kv-heads 3"""
+--dtype float99|--transformer-impl none|--no-hashes|--ignore-setting x|--num-kv-heads 3|--kv-dtype int4"""
 VALUES = (
     "",
     "x",

@@ -251,8 +251,7 @@ class PagedKVCache:
             length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
             self._extend(layer, step.rows_B, length_BG)
         table_BGM = self.block_table[layer, step.rows_B]
-        newest = update[:3] if step.decodes else (x[step.last_B] for x in update[:3])
-        k_BGD, v_BGD, entry_BG = newest
+        k_BGD, v_BGD, entry_BG = (x if step.decodes else x[step.last_B] for x in update[:3])
         self.pool.write_newest(layer, step.rows_B, table_BGM, entry_BG, k_BGD, v_BGD)
         if not step.decodes:
             self._write_others(step, update, table_BGM)
