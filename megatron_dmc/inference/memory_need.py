@@ -94,8 +94,10 @@ class ModelMemory:
 
     @property
     def weights(self) -> int:
-        """Bytes of all parameters."""
-        return self.config.num_parameters * self.dtype.itemsize
+        """Bytes of all parameters; on a CPU an output matrix that is the embedding is held in a form of its own."""
+        config = self.config
+        again = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+        return (config.num_parameters + again) * self.dtype.itemsize
 
     @property
     def shape(self) -> CacheShape:

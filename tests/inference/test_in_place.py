@@ -7,7 +7,6 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.decoder.in_place import InPlaceAttention
 from megatron_dmc.methods import TOVA
 from megatron_dmc.ops.cache_update import HeadCaches
-from megatron_dmc.ops.paged_kv import PagedKV
 from tests.inference.tiny_model import tiny_model
 
 SETTINGS = {
@@ -19,10 +18,10 @@ SETTINGS = {
 }
 
 
-def layers_of(cache, method):
-    kv = PagedKV(cache.k_blocks, cache.v_blocks)
+def layers_of(cache):
     state = next(iter(cache.state.values()), [None] * len(cache.cache_seqlens))
-    return [HeadCaches(kv, *of_layer) for of_layer in zip(cache.block_table, cache.cache_seqlens, state, strict=True)]
+    by_layer = zip(cache.block_table, cache.cache_seqlens, state, strict=True)
+    return [HeadCaches(cache.pool.kv, *of_layer) for of_layer in by_layer]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -42,7 +41,7 @@ def test_equals_decoding_through_method_and_cache(name):
                 cache.reserve(rows, [1, 1])
                 attention = InPlaceAttention(
                     model.method,
-                    layers_of(cache, model.method),
+                    layers_of(cache),
                     cache.cache_seqlens,
                     torch.tensor(rows),
                     torch.tensor(positions),

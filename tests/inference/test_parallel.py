@@ -179,9 +179,9 @@ def test_each_rank_holds_its_share():
     for rank, part in enumerate(parts):
         found = part.layers[1]
         for role, sizes in (("qkv", [128, 64, 64]), ("gate_up", [48, 48])):
-            shares = [matrix.chunk(2)[rank] for matrix in getattr(expected, role).split(sizes)]
-            assert torch.equal(getattr(found, role), torch.cat(shares))
+            shares = [matrix.chunk(2)[rank] for matrix in getattr(expected, role).weight.split(sizes)]
+            assert torch.equal(getattr(found, role).weight, torch.cat(shares))
         for role in ("attention_output", "down"):
-            assert torch.equal(getattr(found, role), getattr(expected, role).chunk(2, dim=1)[rank])
+            assert torch.equal(getattr(found, role).weight, getattr(expected, role).weight.chunk(2, dim=1)[rank])
         assert torch.equal(part.embedding, whole.embedding.chunk(2)[rank])
-        assert torch.equal(part.output, whole.output.chunk(2)[rank])
+        assert torch.equal(part.output.weight, whole.output.weight.chunk(2)[rank])
