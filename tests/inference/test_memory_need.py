@@ -5,6 +5,7 @@ import torch
 
 from megatron_dmc import methods
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.inference.decoder.linear import Linear
 from megatron_dmc.inference.memory_need import DeviceMemory, ModelMemory, Need
 from megatron_dmc.models.config import ModelConfig
 from tests.inference.tiny_model import tiny_model
@@ -45,8 +46,10 @@ def test_a_compressed_cache_is_expected_by_its_method():
 
 def test_weights_are_those_that_are_loaded():
     model = tiny_model(num_kv_heads=2)
-    layers = [tensor for layer in model.layers for tensor in vars(layer).values() if tensor is not None]
-    held = sum(tensor.nbytes for tensor in [model.embedding, model.final_norm, model.output, *layers])
+    layers = [part for layer in model.layers for part in vars(layer).values() if part is not None]
+    parts = [model.embedding, model.final_norm, model.output, *layers]
+    tensors = [part._weight if isinstance(part, Linear) else part for part in parts]
+    held = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
     assert ModelMemory(model.config, model.dtype, model.method, 32).weights == held
 
 

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from megatron_dmc.inference.cache.allocator import Allocator, OutOfBlocks
 from megatron_dmc.inference.cache.blocks import Blocks
+from megatron_dmc.inference.cache.decoding import Decoding, Tables
 from megatron_dmc.inference.cache.entry_pool import EntryPool
 from megatron_dmc.inference.cache.memory import available_bytes
 from megatron_dmc.methods.base import HeadCaches, Keep, Slot, State, Update
 from megatron_dmc.methods.step import Step
 from megatron_dmc.ops.kv_quantization import AUTO, KVFormat
+from megatron_dmc.ops.paged_attention import plan_decode
 
 DEFAULT_BLOCK_SIZE = 32
 
@@ -139,6 +141,9 @@ class PagedKVCache:
         }
         self.num_tokens = [0] * num_sequences
         self._free_at_least = num_blocks
+        self._tables: Tables | None = None
+        """Those of the last step of decoding; None once one of them changed."""
+        self._decoding: Decoding | None = None
 
     @property
     def device(self) -> torch.device:
@@ -234,6 +239,8 @@ class PagedKVCache:
     def before(self, layer: int, step: Step) -> tuple[State, Tensor]:
         """State and int32 lengths [B, G] of the head caches of a pass in one layer."""
         state = {name: tensor[layer, step.rows_B] for name, tensor in self.state.items()}
+        if step.decodes:
+            return state, self._decoding_of(step).length_LBG[layer]
         return state, self.cache_seqlens[layer, step.rows_B]
 
     def write(self, layer: int, step: Step, update: Update) -> HeadCaches:
@@ -243,18 +250,30 @@ class PagedKVCache:
             OutOfBlocks: several tokens of a sequence need more than are free. The pass is lost: its sequences must be
                 freed.
         """
-        before_BG, end_TG = self.cache_seqlens[layer, step.rows_B], update.entry_TG + 1
-        if step.decodes:
-            length_BG = torch.maximum(before_BG, end_TG)
+        return self._write_one(layer, step, update) if step.decodes else self._write_several(layer, step, update)
+
+    def _write_one(self, layer: int, step: Step, update: Update) -> HeadCaches:
+        decoding, (k_BGD, v_BGD, entry_BG) = self._decoding_of(step), update[:3]
+        table_BGM, before_BG = decoding.tables.block_LBGM[layer], decoding.length_LBG[layer]
+        if self.shape.only_newest_changes and not self.pool.kv.quantised:
+            self.pool.write(decoding.slots(layer, entry_BG), k_BGD, v_BGD)
         else:
-            sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
-            length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
-            self._extend(layer, step.rows_B, length_BG)
+            self.pool.write_newest(layer, step.rows_B, table_BGM, entry_BG, k_BGD, v_BGD)
+        length_BG = torch.maximum(before_BG, entry_BG + 1)
+        self.cache_seqlens[layer, step.rows_B] = length_BG
+        plan = None if decoding.tables.plans is None else decoding.tables.plans[layer]
+        return HeadCaches(self.pool.of(layer, step.rows_B), table_BGM, before_BG, length_BG, plan)
+
+    def _write_several(self, layer: int, step: Step, update: Update) -> HeadCaches:
+        before_BG, end_TG = self.cache_seqlens[layer, step.rows_B], update.entry_TG + 1
+        sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
+        length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
+        self._extend(layer, step.rows_B, length_BG)
         table_BGM = self.block_table[layer, step.rows_B]
-        k_BGD, v_BGD, entry_BG = (x if step.decodes else x[step.last_B] for x in update[:3])
+        k_BGD, v_BGD, entry_BG = (x[step.last_B] for x in update[:3])
         self.pool.write_newest(layer, step.rows_B, table_BGM, entry_BG, k_BGD, v_BGD)
-        if not step.decodes:
-            self._write_others(step, update, table_BGM)
+        others_TG = update.entry_TG.index_fill(0, step.last_B, -1)
+        self.pool.write_packed(table_BGM, step.sequence_T, others_TG, update.k_TGD, update.v_TGD)
         self.cache_seqlens[layer, step.rows_B] = length_BG
         return HeadCaches(self.pool.of(layer, step.rows_B), table_BGM, before_BG, length_BG)
 
@@ -278,6 +297,7 @@ class PagedKVCache:
         """End a pass: its tokens count."""
         for row, count in zip(step.rows, step.counts, strict=True):
             self.num_tokens[row] += count
+        self._decoding = None
 
     def check_integrity(self) -> None:
         """Compare lengths, tables and books. The message of the ``AssertionError`` is what does not hold."""
@@ -298,16 +318,6 @@ class PagedKVCache:
         stray = sorted(row for row in occupied if not self.rows.is_in_use(row))
         assert not stray, f"free rows that hold blocks: {stray} != []"
 
-    def _write_others(self, step: Step, update: Update, table_BGM: Tensor) -> None:
-        """Store the entries of all tokens but the last of each sequence."""
-        is_written_TG = update.entry_TG >= 0
-        is_written_TG[step.last_B] = False
-        token, head = is_written_TG.nonzero(as_tuple=True)
-        entry = update.entry_TG[token, head].long()
-        block = table_BGM[step.sequence_T[token], head, entry // self.shape.block_size].long()
-        slots = block * self.shape.block_size + entry % self.shape.block_size
-        self.pool.write(slots, update.k_TGD[token, head], update.v_TGD[token, head])
-
     def _extend(self, layer: int, rows_B: Tensor, length_BG: Tensor) -> None:
         """Take the blocks that so many entries of each head cache need in one layer; those that are there stay."""
         held_BG1 = self.held_blocks[layer, rows_B].unsqueeze(-1)
@@ -323,6 +333,7 @@ class PagedKVCache:
         column_M, held_LBG1 = self._columns(), self.held_blocks[layers, rows_B].unsqueeze(-1)
         is_surplus_LBGM = (column_M >= keep_LBG.unsqueeze(-1)) & (column_M < held_LBG1)
         self.blocks.release(self.block_table[layers, rows_B], is_surplus_LBGM)
+        self._tables = None
         self.held_blocks[layers, rows_B] = keep_LBG
 
     def _take(self, is_wanted: Tensor, layers: slice = slice(None)) -> Tensor:
@@ -332,6 +343,7 @@ class PagedKVCache:
             OutOfBlocks: too few are free. Nothing was taken.
         """
         self._see_free(is_wanted)
+        self._tables = None
         block = self.blocks.take(is_wanted.flatten(1), layers).view(is_wanted.shape)
         if self.device.type == "cpu":
             # What another sequence left behind might not be finite, and attention multiplies it by 0 there.
@@ -367,6 +379,17 @@ class PagedKVCache:
         num_blocks, width = -(-num_entries // self.shape.block_size), self.block_table.shape[-1]
         if num_blocks > width:
             self.block_table = F.pad(self.block_table, (0, max(num_blocks, 2 * width) - width))
+
+    def _decoding_of(self, step: Step) -> Decoding:
+        if self._decoding is None or self._decoding.step is not step:
+            if self._tables is None or self._tables.rows != tuple(step.rows):
+                block_LBGM, held_LBG = self.block_table[:, step.rows_B], self.held_blocks[:, step.rows_B]
+                is_read_in_place = self.device.type == "cpu" and not self.pool.kv.quantised
+                plans = plan_decode(block_LBGM, held_LBG, self.pool.kv.k_blocks) if is_read_in_place else None
+                self._tables = Tables(tuple(step.rows), block_LBGM, plans)
+            length_LBG = self.cache_seqlens[:, step.rows_B]
+            self._decoding = Decoding.of(step, self._tables, length_LBG, self.shape.block_size)
+        return self._decoding
 
     def _num_blocks(self, num_entries: Tensor) -> Tensor:
         return (num_entries + self.shape.block_size - 1) // self.shape.block_size
