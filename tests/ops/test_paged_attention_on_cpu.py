@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_dmc.ops.paged_attention import on_cpu, reference
 from megatron_dmc.ops.paged_attention.in_place import InPlace, plan_in_place
 from megatron_dmc.ops.paged_attention.padded import Padded, plan_padded
+from megatron_dmc.ops.paged_kv import PagedKV
 
 PLANS = {"in place": plan_in_place, "padded": plan_padded}
 LAYERS, BATCH = 3, 2
@@ -70,7 +71,7 @@ def check(form: str, caches: Caches, group: int, dtype: torch.dtype = torch.floa
     assert len(plans) == len(caches.length_LBG)
     for plan, table_BGM, length_BG in zip(plans, caches.table_LBGM, caches.length_LBG, strict=True):
         q_BND = torch.randn(len(length_BG), num_heads, k_blocks.shape[2], generator=generator).to(dtype)
-        expected = reference.paged_attention(q_BND, k_blocks, v_blocks, table_BGM, length_BG)
+        expected = reference.paged_attention(q_BND, PagedKV(k_blocks, v_blocks), table_BGM, length_BG)
         found = plan.attend(q_BND, k_blocks, v_blocks, length_BG)
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)

@@ -5,7 +5,7 @@ model's dtype. It closes when the next token writes another place, and is quanti
 evicted while it is open never is. Copies and moves take stored numbers with their scales: nothing is quantised twice.
 
 Legend: L layers, A rows of the cache, B sequences of a pass, G KV heads, D head dim, X blocks, P entries per block, M
-blocks per head cache, E entries.
+blocks per head cache, E entries, T packed tokens.
 """
 
 from __future__ import annotations
@@ -71,6 +71,15 @@ class EntryPool:
                 blocks.flatten(0, 1)[slots] = x
             else:
                 blocks.flatten(0, 1)[slots], scale.flatten()[slots] = quantise(x, self.kv_format)
+
+    def write_packed(
+        self, table_BGM: Tensor, sequence_T: Tensor, entry_TG: Tensor, k_TGD: Tensor, v_TGD: Tensor
+    ) -> None:
+        """Store closed entries of T packed tokens, where their place ``entry_TG`` is not -1."""
+        token, head = (entry_TG >= 0).nonzero(as_tuple=True)
+        entry, block_size = entry_TG[token, head].long(), self.kv.block_size
+        block = table_BGM[sequence_T[token], head, entry // block_size].long()
+        self.write(block * block_size + entry % block_size, k_TGD[token, head], v_TGD[token, head])
 
     def write_newest(
         self, layer: int, rows_B: Tensor, table_BGM: Tensor, entry_BG: Tensor, k_BGD: Tensor, v_BGD: Tensor

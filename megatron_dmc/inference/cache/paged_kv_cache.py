@@ -253,13 +253,13 @@ class PagedKVCache:
         return self._write_one(layer, step, update) if step.decodes else self._write_several(layer, step, update)
 
     def _write_one(self, layer: int, step: Step, update: Update) -> HeadCaches:
-        decoding = self._decoding_of(step)
+        decoding, (k_BGD, v_BGD, entry_BG) = self._decoding_of(step), update[:3]
         table_BGM, before_BG = decoding.tables.block_LBGM[layer], decoding.length_LBG[layer]
         if self.shape.only_newest_changes and not self.pool.kv.quantised:
-            self.pool.write(decoding.slots(layer, update.entry_TG), update.k_TGD, update.v_TGD)
+            self.pool.write(decoding.slots(layer, entry_BG), k_BGD, v_BGD)
         else:
-            self.pool.write_newest(layer, step.rows_B, table_BGM, update.entry_TG, update.k_TGD, update.v_TGD)
-        length_BG = torch.maximum(before_BG, update.entry_TG + 1)
+            self.pool.write_newest(layer, step.rows_B, table_BGM, entry_BG, k_BGD, v_BGD)
+        length_BG = torch.maximum(before_BG, entry_BG + 1)
         self.cache_seqlens[layer, step.rows_B] = length_BG
         plan = None if decoding.tables.plans is None else decoding.tables.plans[layer]
         return HeadCaches(self.pool.of(layer, step.rows_B), table_BGM, before_BG, length_BG, plan)
@@ -272,7 +272,8 @@ class PagedKVCache:
         table_BGM = self.block_table[layer, step.rows_B]
         k_BGD, v_BGD, entry_BG = (x[step.last_B] for x in update[:3])
         self.pool.write_newest(layer, step.rows_B, table_BGM, entry_BG, k_BGD, v_BGD)
-        self._write_others(step, update, table_BGM)
+        others_TG = update.entry_TG.index_fill(0, step.last_B, -1)
+        self.pool.write_packed(table_BGM, step.sequence_T, others_TG, update.k_TGD, update.v_TGD)
         self.cache_seqlens[layer, step.rows_B] = length_BG
         return HeadCaches(self.pool.of(layer, step.rows_B), table_BGM, before_BG, length_BG)
 
@@ -316,16 +317,6 @@ class PagedKVCache:
         occupied = {row for row, held in enumerate(self.held_blocks.sum(dim=(0, 2)).tolist()) if held}
         stray = sorted(row for row in occupied if not self.rows.is_in_use(row))
         assert not stray, f"free rows that hold blocks: {stray} != []"
-
-    def _write_others(self, step: Step, update: Update, table_BGM: Tensor) -> None:
-        """Store the entries of all tokens but the last of each sequence."""
-        is_written_TG = update.entry_TG >= 0
-        is_written_TG[step.last_B] = False
-        token, head = is_written_TG.nonzero(as_tuple=True)
-        entry = update.entry_TG[token, head].long()
-        block = table_BGM[step.sequence_T[token], head, entry // self.shape.block_size].long()
-        slots = block * self.shape.block_size + entry % self.shape.block_size
-        self.pool.write(slots, update.k_TGD[token, head], update.v_TGD[token, head])
 
     def _extend(self, layer: int, rows_B: Tensor, length_BG: Tensor) -> None:
         """Take the blocks that so many entries of each head cache need in one layer; those that are there stay."""
@@ -393,8 +384,8 @@ class PagedKVCache:
         if self._decoding is None or self._decoding.step is not step:
             if self._tables is None or self._tables.rows != tuple(step.rows):
                 block_LBGM, held_LBG = self.block_table[:, step.rows_B], self.held_blocks[:, step.rows_B]
-                reads_in_place = self.device.type == "cpu" and not self.pool.kv.quantised
-                plans = plan_decode(block_LBGM, held_LBG, self.pool.kv.k_blocks) if reads_in_place else None
+                is_read_in_place = self.device.type == "cpu" and not self.pool.kv.quantised
+                plans = plan_decode(block_LBGM, held_LBG, self.pool.kv.k_blocks) if is_read_in_place else None
                 self._tables = Tables(tuple(step.rows), block_LBGM, plans)
             length_LBG = self.cache_seqlens[:, step.rows_B]
             self._decoding = Decoding.of(step, self._tables, length_LBG, self.shape.block_size)

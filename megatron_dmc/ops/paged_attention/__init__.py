@@ -2,7 +2,7 @@
 
 ``reference`` is the plain form, ``gather`` that in torch operations for any device, ``split_attention`` that of GPUs:
 Triton ``kernels`` on the chunks of a ``work_list``. ``dispatch`` chooses. On a CPU a step of decoding reads short
-caches ``padded`` and others ``in_place``, as ``on_cpu`` plans for all layers at once.
+caches ``padded`` and others ``in_place``, as ``on_cpu`` plans for all layers at once; caches in 8 bits are gathered.
 """
 
 from megatron_dmc.ops.paged_attention.dispatch import paged_attention
