@@ -37,7 +37,7 @@ class Caches(NamedTuple):
 
 
 def random_caches(num_kv_heads: int, head_dim: int, block_size: int, longest: int, *, spread: float = 1.5) -> Caches:
-    """Head caches of 1 to ``longest`` entries; if all were that long, a layer's would fill 1 / ``spread`` of its part."""
+    """Head caches of 1 to ``longest`` entries; all that long, a layer's would fill 1 / ``spread`` of its part."""
     generator = torch.Generator().manual_seed(3)
     heads = (LAYERS, BATCH, num_kv_heads)
     length_LBG = torch.randint(1, longest + 1, heads, generator=generator, dtype=torch.int32)
@@ -96,7 +96,7 @@ def test_in_place_wherever_the_blocks_lie(spread: float) -> None:
     caches = random_caches(3, 64, 16, 100, spread=spread)
     check("in place", caches, group=2)
     plans = plan_in_place(caches.table_LBGM, caches.held_LBG, 16)
-    assert {isinstance(plan.where, slice) for plan in plans} == {spread == 1.0}
+    assert any(isinstance(plan.where, slice) for plan in plans) == (spread == 1.0)
 
 
 def test_in_place_with_blocks_that_several_hold() -> None:
