@@ -97,7 +97,7 @@ def test_in_place_wherever_the_blocks_lie(spread: float) -> None:
     caches = random_caches(3, 64, 16, 100, spread=spread)
     check("in place", caches, group=2)
     plans = plan_in_place(caches.table_LBGM, caches.held_LBG, 16)
-    assert {isinstance(plan.where, slice) for plan in plans} == {spread == 1.0}
+    assert any(isinstance(plan.where, slice) for plan in plans) == (spread == 1.0)
 
 
 def test_in_place_with_blocks_that_several_hold() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class Linear:
@@ -18,7 +23,7 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._is_packed = _can_pack(weight)
+        self._is_packed = _onednn_packs(weight.device.type, weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 
     @property
@@ -34,13 +39,17 @@ class Linear:
         return F.linear(x, self._weight)
 
 
-def _can_pack(weight: Tensor) -> bool:
-    """Whether this torch has oneDNN for it. Its two operations are those that torch's own compiler emits."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+@functools.cache
+def _onednn_packs(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether matrices are packed; says why not, once. The operations are those that torch's own compiler emits."""
     names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+    if device_type != "cpu":
         return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        reason = "this torch comes without oneDNN's"
+    elif dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return True
+    else:
+        reason = f"oneDNN has none for {dtype} on this CPU"
+    logger.info("linear layers: plain matrices, not packed ones, because %s", reason)
+    return False
