@@ -5,7 +5,7 @@ Triton ``kernels`` on the chunks of a ``work_list``. ``dispatch`` chooses.
 """
 
 from megatron_dmc.ops.paged_attention.dispatch import paged_attention
-from megatron_dmc.ops.paged_attention.entries import entry_slots, read_keys
+from megatron_dmc.ops.paged_attention.entries import entry_slots, read_keys, write_entries
 from megatron_dmc.ops.paged_attention.gather import paged_attention_to_chunks
 from megatron_dmc.ops.paged_attention.work_list import WorkList, lengths_of_rows, work_list
 
@@ -17,4 +17,5 @@ __all__ = [
     "paged_attention_to_chunks",
     "read_keys",
     "work_list",
+    "write_entries",
 ]
