@@ -19,7 +19,7 @@ from tests.tolerances import OUTPUT, output_error
 
 GROUPS = (1, 3, 4, 8)
 HEAD_DIMS = (64, 80, 128)
-BLOCK_SIZES = (16, 32, 64)
+BLOCK_SIZES = (1, 16, 24, 32, 64)
 LENGTHS = [[0, 1], [65, 130], [7, 0]]
 """Empty, shorter than a block, within the first chunk of 64, of several chunks, none of them whole."""
 

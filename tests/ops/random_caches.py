@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.kv_quantization import find_kv_format, format_of, quantise
+from megatron_dmc.ops.kv_quantization import find_kv_format
+from megatron_dmc.ops.paged_attention import write_entries
 from megatron_dmc.ops.paged_kv import PagedKV
 
 NUM_BLOCKS_LEFT = 3
@@ -47,18 +48,9 @@ def random_cache(
             if kv.open_entry_BG is not None and entry == int(kv.open_entry_BG[b, g]):
                 kv.k_open[b, g], kv.v_open[b, g] = key, value
             else:
-                write_entry(kv, (int(table[b, g, entry // block_size]), entry % block_size), key, value)
+                slot = int(table[b, g, entry // block_size]) * block_size + entry % block_size
+                write_entries(kv, torch.tensor([slot]), key.unsqueeze(0), value.unsqueeze(0))
     return kv, table, lengths
-
-
-def write_entry(kv: PagedKV, place: tuple[int, int], k_D: Tensor, v_D: Tensor) -> None:
-    """Store a key and a value, in 8 bits where the pool is."""
-    kv_format = format_of(kv.k_blocks.dtype)
-    for x_D, blocks, scale in ((k_D, kv.k_blocks, kv.k_scale), (v_D, kv.v_blocks, kv.v_scale)):
-        if scale is None:
-            blocks[place] = x_D.to(blocks.dtype)
-        else:
-            blocks[place], scale[place] = quantise(x_D, kv_format)
 
 
 def _unwritten(

@@ -79,15 +79,22 @@ def test_bfloat16_rounds_only_at_the_end():
 
 
 def test_work_list_has_every_chunk_once_and_the_longest_first():
-    length_BG = torch.tensor([[0, 5, 4], [9, 1, 4]], dtype=torch.int32)
-    work = work_list(length_BG, chunk_size=4)
+    length_BG = torch.tensor([[0, 17, 16], [40, 1, 16]], dtype=torch.int32)
+    work = work_list(length_BG, chunk_size=16)
     assert work.order_H.tolist() == [3, 1, 2, 5, 4, 0]
     assert work.start_H.tolist() == [0, 3, 5, 6, 7, 8, 8]
     assert work.order_H.dtype == work.start_H.dtype == torch.int32
-    assert int(work.start_H[-1]) <= work.max_chunks(longest=9)
-    of_both = work_list(torch.stack((length_BG, length_BG + 1)), chunk_size=4)
+    assert int(work.start_H[-1]) <= work.max_chunks(longest=40)
+    of_both = work_list(torch.stack((length_BG, length_BG + 1)), chunk_size=16)
     assert all(map(torch.equal, of_both.of_layer(0)[:2], work[:2]))
     assert of_both.of_layer(1).start_H.tolist() == [0, 3, 5, 7, 9, 10, 11]
+
+
+def test_more_chunks_than_max_chunks_are_never_planned():
+    """Every head cache of a full table, and one entry more than there is."""
+    for longest in (1, 15, 16, 17, 255, 256, 257):
+        work = work_list(torch.full((3, 2), longest + 1), chunk_size=256)
+        assert int(work.start_H[-1]) <= work.max_chunks(longest)
 
 
 def test_the_choice_is_logged_once_with_its_reason(caplog):

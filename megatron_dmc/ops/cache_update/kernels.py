@@ -123,6 +123,7 @@ def update_kernel(
     head = sequence * num_kv_heads + kv_head
     row = tl.load(row_ptr + sequence).to(tl.int64)
     if row < 0:
+        tl.store(accumulate_ptr + head, False)
         return
     cache = row * num_kv_heads + kv_head
     half = tl.arange(0, BLOCK_C)
@@ -171,7 +172,7 @@ def update_kernel(
     if free_ptr is None:
         block = tl.load(table + entry // P)
     elif (entry == length) & (entry % P == 0):
-        place = tl.atomic_add(num_free_ptr, -1) - 1
+        place = tl.atomic_add(num_free_ptr, -1, sem="relaxed") - 1
         block = tl.load(free_ptr + place, mask=place >= 0, other=-1)
         tl.store(table + entry // P, block, mask=place >= 0)
     else:
@@ -232,11 +233,12 @@ def update_caches(
     """See :func:`megatron_dmc.ops.cache_update.update_caches`."""
     kv, (q_BND, k_BGD, v_BGD) = caches.kv, tokens[:3]
     assert all(x.stride(-1) == 1 for x in tokens[:3])
+    assert all(x.is_contiguous() for x in (*kv, *caches[1:]) if x is not None)
     batch, num_kv_heads, head_dim = k_BGD.shape
     group, half = q_BND.shape[1] // num_kv_heads, head_dim // 2
     window_size = 0 if merging is None else merging.window_size
     q_out_BND = torch.empty(q_BND.shape, dtype=q_BND.dtype, device=q_BND.device)
-    accumulate_BG = torch.zeros((batch, num_kv_heads), dtype=torch.bool, device=q_BND.device)
+    accumulate_BG = torch.empty((batch, num_kv_heads), dtype=torch.bool, device=q_BND.device)
     with torch.cuda.device_of(q_BND):
         update_kernel[(batch, num_kv_heads)](
             *tokens[:4],

@@ -11,8 +11,7 @@ from torch import Tensor
 from megatron_dmc.ops import decisions
 from megatron_dmc.ops.cache_update.head_caches import FreeBlocks, HeadCaches, Logits, Merging, NewTokens
 from megatron_dmc.ops.cache_update.segments import update_segments
-from megatron_dmc.ops.kv_quantization import format_of, quantise
-from megatron_dmc.ops.paged_kv import PagedKV
+from megatron_dmc.ops.paged_attention import write_entries
 from megatron_dmc.ops.rope import faded_rotation, rotate
 
 
@@ -94,11 +93,6 @@ def _store(caches: HeadCaches, place: tuple[Tensor, Tensor], entry_E: Tensor, k_
 def _write_blocks(
     caches: HeadCaches, place: tuple[Tensor, Tensor], entry_E: Tensor, k_ED: Tensor, v_ED: Tensor
 ) -> None:
-    kv: PagedKV = caches.kv
-    block_E = caches.block_table_AGM[(*place, (entry_E // kv.block_size).long())].long()
-    slot = (block_E, (entry_E % kv.block_size).long())
-    for x_ED, blocks, scale in ((k_ED, kv.k_blocks, kv.k_scale), (v_ED, kv.v_blocks, kv.v_scale)):
-        if scale is None:
-            blocks[slot] = x_ED.to(blocks.dtype)
-        else:
-            blocks[slot], scale[slot] = quantise(x_ED, format_of(blocks.dtype))
+    block_size = caches.kv.block_size
+    block_E = caches.block_table_AGM[(*place, (entry_E // block_size).long())].long()
+    write_entries(caches.kv, block_E * block_size + entry_E % block_size, k_ED, v_ED)

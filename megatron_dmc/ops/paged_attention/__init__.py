@@ -6,7 +6,7 @@ caches ``padded`` and others ``in_place``, as ``on_cpu`` plans for all layers at
 """
 
 from megatron_dmc.ops.paged_attention.dispatch import paged_attention
-from megatron_dmc.ops.paged_attention.entries import entry_slots, read_keys
+from megatron_dmc.ops.paged_attention.entries import entry_slots, read_keys, write_entries
 from megatron_dmc.ops.paged_attention.gather import paged_attention_to_chunks
 from megatron_dmc.ops.paged_attention.on_cpu import DecodePlan, plan_decode
 from megatron_dmc.ops.paged_attention.work_list import WorkList, lengths_of_rows, work_list
@@ -21,4 +21,5 @@ __all__ = [
     "plan_decode",
     "read_keys",
     "work_list",
+    "write_entries",
 ]

@@ -1,6 +1,7 @@
-"""Reading entries of head caches from blocks, as the model's numbers.
+"""Entries of head caches in their blocks: read and written as the model's numbers.
 
-Legend: B sequences, G KV heads, E entries, D head dim, M blocks per head cache.
+Legend: B sequences, G KV heads, E entries, X entries of any head caches, D head dim, M blocks per head
+cache.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dmc.ops.kv_quantization import dequantise
+from megatron_dmc.ops.kv_quantization import dequantise, format_of, quantise
 from megatron_dmc.ops.paged_kv import PagedKV
 
 
@@ -30,6 +31,15 @@ def read_keys(kv: PagedKV, block_table_BGM: Tensor, entry_BGE: Tensor, dtype: to
 def read_values(kv: PagedKV, block_table_BGM: Tensor, entry_BGE: Tensor, dtype: torch.dtype) -> Tensor:
     """Values, as :func:`read_keys`."""
     return _read(kv.v_blocks, kv.v_scale, kv.v_open, kv.open_entry_BG, block_table_BGM, entry_BGE, dtype)
+
+
+def write_entries(kv: PagedKV, slot_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
+    """Store closed entries at places of the flattened pool (int64, each once), in 8 bits where the pool is."""
+    for x_XD, blocks, scale in ((k_XD, kv.k_blocks, kv.k_scale), (v_XD, kv.v_blocks, kv.v_scale)):
+        if scale is None:
+            blocks.flatten(0, 1)[slot_X] = x_XD.to(blocks.dtype)
+        else:
+            blocks.flatten(0, 1)[slot_X], scale.view(-1)[slot_X] = quantise(x_XD, format_of(blocks.dtype))
 
 
 def _read(

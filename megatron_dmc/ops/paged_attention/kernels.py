@@ -20,9 +20,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_dmc.ops.paged_attention.work_list import CHUNK_MULTIPLE
+
 LN_2 = tl.constexpr(0.6931471805599453)
 OF_A_LAYER = ["open_entry_ptr", "table_ptr", "length_ptr", "row_ptr", "order_ptr", "start_ptr"]
 """Tensors of numbers that are read one by one: where those of a layer begin makes no other kernel."""
+ALIGN = tl.constexpr(CHUNK_MULTIPLE)
 NO_SCORE = tl.constexpr(-1e30)
 """Below every score, and unlike -inf subtracted from itself without harm."""
 
@@ -239,9 +242,9 @@ def chunk_kernel(
         row = sequence if row_ptr is None else tl.load(row_ptr + sequence)
         cache = row.to(tl.int64) * num_kv_heads + kv_head
         length = tl.load(length_ptr + cache)
-        # The chunks of a head cache are equally long, up to whole blocks.
+        # The chunks of a head cache are equally long.
         num_chunks = tl.maximum(tl.cdiv(length, CHUNK), 1)
-        chunk_entries = tl.cdiv(tl.cdiv(length, P), num_chunks) * P
+        chunk_entries = tl.cdiv(tl.cdiv(length, ALIGN), num_chunks) * ALIGN
         first = (item - tl.load(start_ptr + rank)) * chunk_entries
         last = tl.minimum(first + chunk_entries, length)
         # Lengths in the work list may have been too large.

@@ -46,6 +46,18 @@ def tuning(group: int, head_dim: int, itemsize: int) -> Tuning:
     return Tuning(block_e, num_stages=3, num_warps=4, programs=4 - (group > 1) - (itemsize == 1))
 
 
+class _Partial(NamedTuple):
+    """What chunks leave, float32: maximum and sum of a softmax [chunks, R], weighted values [chunks, R, D]."""
+
+    maximum: Tensor
+    total: Tensor
+    acc: Tensor
+
+
+_Caches = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
+"""Block table, lengths, rows, order and start of the head caches."""
+
+
 def attend(
     q_BND: Tensor,
     kv: PagedKV,
@@ -63,69 +75,82 @@ def attend(
         Output [B, N, D] in the dtype of the queries, log-sum-exp of the scores, float32 [B, N], and with
         ``keep_weights`` the weights, float32 [B, G, R, M P]. An empty head cache gives zeros, and -inf.
     """
-    num_kv_heads, table_width = block_table_BGM.shape[1:]
-    head_dim, block_size = kv.head_dim, kv.block_size
-    group = q_BND.shape[1] // num_kv_heads
+    assert q_BND.stride(-1) == 1
+    assert all(x.is_contiguous() for x in (block_table_BGM, cache_seqlens_BG, *kv) if x is not None)
     length_BG = cache_seqlens_BG if rows_B is None else lengths_of_rows(cache_seqlens_BG, rows_B)
     work = work or work_list(length_BG)
-    assert work.chunk_size % block_size == 0, f"chunks of {work.chunk_size} entries, blocks of {block_size}"
-    sizes = sizes or tuning(group, head_dim, kv.k_blocks.itemsize)
-    max_items = work.max_chunks(table_width * block_size)
-    partial_max, partial_sum = _empty(q_BND, max_items, group), _empty(q_BND, max_items, group)
-    partial_acc = _empty(q_BND, max_items, group, head_dim)
-    scores = _empty(q_BND, *length_BG.shape, group, table_width * block_size) if keep_weights else None
-    output_BND, lse_BN = torch.empty_like(q_BND, memory_format=torch.contiguous_format), _empty(q_BND, *q_BND.shape[:2])
-    assert q_BND.stride(-1) == 1
+    group = q_BND.shape[1] // block_table_BGM.shape[1]
+    max_entries = block_table_BGM.shape[2] * kv.block_size
+    scores = _empty(q_BND, *length_BG.shape, group, max_entries) if keep_weights else None
+    partial = _Partial(
+        _empty(q_BND, work.max_chunks(max_entries), group),
+        _empty(q_BND, work.max_chunks(max_entries), group),
+        _empty(q_BND, work.max_chunks(max_entries), group, kv.head_dim),
+    )
+    caches = (block_table_BGM, cache_seqlens_BG, rows_B, work.order_H, work.start_H)
     with torch.cuda.device_of(q_BND):
-        kernels.chunk_kernel[(min(max_items, sizes.programs * _num_processors(q_BND.device)),)](
-            q_BND,
-            *kv,
-            block_table_BGM,
-            cache_seqlens_BG,
-            rows_B,
-            work.order_H,
-            work.start_H,
-            partial_max,
-            partial_sum,
-            partial_acc,
-            scores,
-            *q_BND.stride()[:2],
-            len(work.order_H),
-            num_kv_heads,
-            table_width,
-            LOG2_E * head_dim**-0.5,
-            R=group,
-            D=head_dim,
-            P=block_size,
-            CHUNK=work.chunk_size,
-            BLOCK_R=1 if group == 1 else max(MIN_ROWS, triton.next_power_of_2(group)),
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_E=sizes.block_e,
-            NUM_STAGES=sizes.num_stages,
-            num_warps=sizes.num_warps,
-            enable_fp_fusion=True,
-        )
-        kernels.reduce_kernel[(len(work.order_H), group)](
-            partial_max,
-            partial_sum,
-            partial_acc,
-            output_BND,
-            lse_BN,
-            cache_seqlens_BG,
-            rows_B,
-            work.order_H,
-            work.start_H,
-            num_kv_heads,
-            R=group,
-            D=head_dim,
-            CHUNK=work.chunk_size,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_C=REDUCE_CHUNKS,
-            enable_fp_fusion=True,
-        )
-    if scores is None:
-        return output_BND, lse_BN, None
-    return output_BND, lse_BN, _weights(scores, lse_BN, length_BG)
+        _attend_to_chunks(q_BND, kv, caches, work, partial, scores, sizes)
+        output_BND, lse_BN = _add_chunks(q_BND, kv, caches, work, partial)
+    return output_BND, lse_BN, None if scores is None else _weights(scores, lse_BN, length_BG)
+
+
+def _attend_to_chunks(
+    q_BND: Tensor,
+    kv: PagedKV,
+    caches: _Caches,
+    work: WorkList,
+    partial: _Partial,
+    scores: Tensor | None,
+    sizes: Tuning | None,
+) -> None:
+    group = partial.maximum.shape[1]
+    sizes = sizes or tuning(group, kv.head_dim, kv.k_blocks.itemsize)
+    num_programs = min(len(partial.maximum), sizes.programs * _num_processors(q_BND.device))
+    kernels.chunk_kernel[(num_programs,)](
+        q_BND,
+        *kv,
+        *caches,
+        *partial,
+        scores,
+        *q_BND.stride()[:2],
+        len(work.order_H),
+        caches[0].shape[1],
+        caches[0].shape[2],
+        LOG2_E * kv.head_dim**-0.5,
+        R=group,
+        D=kv.head_dim,
+        P=kv.block_size,
+        CHUNK=work.chunk_size,
+        BLOCK_R=1 if group == 1 else max(MIN_ROWS, triton.next_power_of_2(group)),
+        BLOCK_D=triton.next_power_of_2(kv.head_dim),
+        BLOCK_E=sizes.block_e,
+        NUM_STAGES=sizes.num_stages,
+        num_warps=sizes.num_warps,
+        enable_fp_fusion=True,
+    )
+
+
+def _add_chunks(
+    q_BND: Tensor, kv: PagedKV, caches: _Caches, work: WorkList, partial: _Partial
+) -> tuple[Tensor, Tensor]:
+    """Output [B, N, D] and log-sum-exp [B, N]."""
+    group = partial.maximum.shape[1]
+    output_BND = torch.empty(q_BND.shape, dtype=q_BND.dtype, device=q_BND.device)
+    lse_BN = _empty(q_BND, *q_BND.shape[:2])
+    kernels.reduce_kernel[(len(work.order_H), group)](
+        *partial,
+        output_BND,
+        lse_BN,
+        *caches[1:],
+        caches[0].shape[1],
+        R=group,
+        D=kv.head_dim,
+        CHUNK=work.chunk_size,
+        BLOCK_D=triton.next_power_of_2(kv.head_dim),
+        BLOCK_C=REDUCE_CHUNKS,
+        enable_fp_fusion=True,
+    )
+    return output_BND, lse_BN
 
 
 def _weights(scores_BGRE: Tensor, lse_BN: Tensor, length_BG: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 CHUNK_SIZE = 256
 """Entries; 128 KiB of keys and values with 128 channels of 16 bits, several times what the start of a chunk costs."""
+CHUNK_MULTIPLE = 16
+"""Entries; chunks begin at multiples of it."""
 
 
 class WorkList(NamedTuple):
@@ -43,6 +45,7 @@ def work_list(length_BG: Tensor, chunk_size: int = CHUNK_SIZE) -> WorkList:
     Lengths may be too large, at the cost of chunks in which there is nothing to do: one list for all layers is made
     before a step from the lengths so far plus 1. 0 stands for a sequence that is not there.
     """
+    assert chunk_size % CHUNK_MULTIPLE == 0, f"chunk_size {chunk_size} is no multiple of {CHUNK_MULTIPLE} entries"
     longest_first, order = length_BG.flatten(-2).sort(dim=-1, descending=True, stable=True)
     end = num_chunks(longest_first, chunk_size).cumsum(-1, dtype=torch.int32)
     start = torch.cat((torch.zeros_like(end[..., :1]), end), dim=-1)
