@@ -31,6 +31,11 @@ class Linear:
         """[out, in], bit for bit as it was given."""
         return self._weight.to_dense() if self._is_packed else self._weight
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self._weight.nbytes
+
     def __call__(self, x: Tensor) -> Tensor:
         """[..., out] from [..., in]."""
         if self._is_packed:
