@@ -26,7 +26,11 @@ from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.masked_attention.merged import attend as attend_pieces
 from megatron_dmc.ops.masked_attention.merged import merge
 from megatron_dmc.ops.masked_attention.piecewise import plan_attention
-from megatron_dmc.ops.paged_attention import paged_attention, paged_attention_to_chunks
+from megatron_dmc.ops.paged_attention import (
+    DecodePlan,
+    paged_attention,
+    paged_attention_to_chunks,
+)
 from megatron_dmc.ops.rope import rotate
 
 State = Mapping[str, Tensor]
@@ -83,6 +87,8 @@ class HeadCaches(NamedTuple):
     """int32 entries before the update."""
     length_BG: Tensor
     """int32 entries after it."""
+    plan: DecodePlan | None = None
+    """How a step of decoding reads them on a CPU."""
 
 
 class Keep(NamedTuple):
@@ -127,6 +133,8 @@ class Method(ABC):
     def attend(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Tensor:
         """Attention output [T, N, D] of the new tokens, each over the cache as it was at its position."""
         q_TND = self.rotated_queries(tokens)
+        if caches.plan is not None:
+            return caches.plan.attend(q_TND, caches.k_blocks, caches.v_blocks, caches.length_BG)
         if tokens.step.decodes:
             return paged_attention(q_TND, caches.k_blocks, caches.v_blocks, caches.block_table_BGM, caches.length_BG)
         out_NTD, lse_NT = self.attend_own(tokens, update)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 NoiseSource = Callable[[int], Tensor]
@@ -27,12 +28,17 @@ class Decisions(NamedTuple):
     """``hard`` as numbers, or their relaxation in training, which carries the gradient."""
     omega: Tensor
     """Positive importances."""
-    key_bias: Tensor
-    """Score bias of each key for the queries after it: log(1 - alpha) of the next position."""
+    own_bias: Tensor
+    """log(1 - alpha): what the decision of a position adds to the score of the key before it, for all later queries."""
     relaxed: Tensor | None = None
     """The relaxation of ``taken``; None where decisions are hard."""
     noise: Tensor | None = None
     """Logistic noise that was added to the logits; None where decisions are hard."""
+
+    @property
+    def key_bias(self) -> Tensor:
+        """Score bias of each key for the queries after it: that of the next position; nothing comes after the last."""
+        return torch.cat((self.own_bias[1:], torch.zeros_like(self.own_bias[:1])))
 
     def fraction(self, position_L: Tensor | None = None) -> Tensor:
         """The statistic of the compression loss ([DMC] eq. 11): share of positions, all or those given, [B, G].
@@ -52,4 +58,6 @@ class Decisions(NamedTuple):
 
     def of_heads(self, num_kv_heads: int) -> Decisions:
         """The same for every head where a layer decides at once."""
+        if self.logits.shape[-1] == num_kv_heads:
+            return self
         return Decisions(*(None if x is None else x.expand(*x.shape[:-1], num_kv_heads) for x in self))  # type: ignore[arg-type]

@@ -36,8 +36,10 @@ class Dense(Method):
     def absorb(self, tokens: Tokens, state: State, length_BG: Tensor) -> Update:
         """Every token appends."""
         step = tokens.step
-        entry_TG = length_BG[step.sequence_T] + step.offset_T.unsqueeze(-1)
         k_TGD = self.rotated(tokens.k_TGD, step, tokens.k_TGD.dtype)
+        if step.decodes:
+            return Update(k_TGD, tokens.v_TGD, length_BG, state={})
+        entry_TG = length_BG[step.sequence_T] + step.offset_T.unsqueeze(-1)
         return Update(k_TGD, tokens.v_TGD, entry_TG.to(torch.int32), state={})
 
     def whole(

@@ -81,10 +81,8 @@ def decide(
         relaxed = torch.sigmoid(logits)
         alpha = relaxed.masked_fill(first, 0.0)
         own_bias = F.logsigmoid(-logits).masked_fill(first, 0.0)
-    # A key is hidden by the decision of the position after it; nothing comes after the last one.
-    key_bias = torch.cat((own_bias[1:], torch.zeros_like(own_bias[:1])))
     omega = decisions.importance(importance_logits, settings.importance_epsilon)
-    return Decisions(decision_logits, taken, hard, alpha, omega, key_bias, relaxed, noise)
+    return Decisions(decision_logits, taken, hard, alpha, omega, own_bias, relaxed, noise)
 
 
 class DMC(Method):
@@ -111,7 +109,7 @@ class DMC(Method):
         """Append or accumulate every token."""
         step, k_TGD, v_TGD = tokens.step, tokens.k_TGD, tokens.v_TGD
         logits = read_logits(tokens.q_TND, k_TGD, self.settings)
-        decided = decide(*logits, step.position_T == 0, self.settings).of_heads(k_TGD.shape[1])
+        decided = decide(*logits, step.first_T, self.settings).of_heads(k_TGD.shape[1])
         if step.decodes:
             segment, k_mean, v_mean = cache_update.update_segments(
                 state[SEGMENT], k_TGD, v_TGD, decided.hard, decided.omega, step.position_T

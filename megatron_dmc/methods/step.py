@@ -93,6 +93,11 @@ class Step:
         return torch.tensor(self.positions, device=self.device)[self.sequence_T] + self.offset_T
 
     @cached_property
+    def first_T(self) -> Tensor:
+        """bool: whether a sequence begins with the token."""
+        return self.position_T == 0
+
+    @cached_property
     def geometry(self) -> Geometry:
         """The new tokens as one row, each sequence a document of it."""
         return Geometry(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.precision import accumulation_dtype
 from megatron_dmc.ops.rope_scaling import RopeScaling
-from megatron_dmc.ops.slices import row_slices
+from megatron_dmc.ops.slices import in_slices
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
@@ -61,11 +61,11 @@ def without_last_channel(x: Tensor) -> Tensor:
 
 
 class Rotation(NamedTuple):
-    """Coefficients [S, 1, 1, D/2] of a rotation of [S, B, H, D]: first' = first cos - second sin, and so on."""
+    """Coefficients [S, 1, 1, D] of a rotation of [S, B, H, D]: x' = cos x + sin x, the second x with halves swapped."""
 
-    cos_first: Tensor
-    cos_second: Tensor
+    cos: Tensor
     sin: Tensor
+    """Negative in the first half."""
 
 
 def faded_rotation(cos_SC: Tensor, sin_SC: Tensor, neuron_scale: float) -> Rotation:
@@ -74,24 +74,24 @@ def faded_rotation(cos_SC: Tensor, sin_SC: Tensor, neuron_scale: float) -> Rotat
     ``neuron_scale`` 1 is plain RoPE, 0 takes the borrowed channel out: it does not turn into its partner, and it
     ends as 0. ``cos_SC`` and ``sin_SC`` are [S, D/2].
     """
-    cos_first, sin = cos_SC[:, None, None], sin_SC[:, None, None].clone()
-    cos_second = cos_first.clone()
-    cos_second[..., -1] *= neuron_scale**2
-    sin[..., -1] *= neuron_scale
-    return Rotation(cos_first, cos_second, sin)
+    faded_SC = torch.cat((sin_SC[:, :-1], neuron_scale * sin_SC[:, -1:]), dim=-1)
+    cos_SD, sin_SD = torch.cat((cos_SC, cos_SC), dim=-1), torch.cat((-faded_SC, faded_SC), dim=-1)
+    cos_SD[:, -1] *= neuron_scale**2
+    return Rotation(cos_SD[:, None, None], sin_SD[:, None, None])
 
 
 def rotate(x_SBHD: Tensor, rotation: Rotation, dtype: torch.dtype, inverse: bool = False) -> Tensor:
     """The rotation of ``x``, outside autograd, as ``dtype``. ``inverse``: its transpose, which is its backward."""
+    slices = list(in_slices(x_SBHD, *rotation))
+    if len(slices) == 1:
+        return _turned(x_SBHD, rotation, dtype, inverse)
     out_SBHD = torch.empty(x_SBHD.shape, dtype=dtype, device=x_SBHD.device)
-    for rows in row_slices(x_SBHD):
-        x = x_SBHD[rows].to(accumulation_dtype(dtype))
-        turned = out_SBHD[rows] if dtype == x.dtype else torch.empty_like(x)
-        (first, second), (turned_first, turned_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-        cos_first, cos_second, sin = (table[rows] for table in rotation)
-        sign = -1 if inverse else 1
-        torch.mul(first, cos_first, out=turned_first).addcmul_(second, sin, value=-sign)
-        torch.mul(second, cos_second, out=turned_second).addcmul_(first, sin, value=sign)
-        if dtype != x.dtype:
-            out_SBHD[rows] = turned
+    for (x, cos, sin), out in zip(slices, out_SBHD.split(len(slices[0][0])), strict=True):
+        out.copy_(_turned(x, Rotation(cos, sin), dtype, inverse))
     return out_SBHD
+
+
+def _turned(x_SBHD: Tensor, rotation: Rotation, dtype: torch.dtype, inverse: bool) -> Tensor:
+    x_SBHD = x_SBHD.to(accumulation_dtype(dtype))
+    swapped_SBHD = x_SBHD.roll(x_SBHD.shape[-1] // 2, dims=-1)
+    return (x_SBHD * rotation.cos).addcmul_(swapped_SBHD, rotation.sin, value=-1 if inverse else 1).to(dtype)

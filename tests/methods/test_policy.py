@@ -56,9 +56,9 @@ def reference_hidden(dense, token_T, visible):
     q, k = apply_rope(q, cos, sin)[-1], apply_rope(k, cos, sin)[visible].repeat_interleave(2, dim=1)
     weights = (torch.einsum("nd,end->ne", q, k) * q.shape[-1] ** -0.5).softmax(-1)
     mixed = torch.einsum("ne,end->nd", weights, v[visible].repeat_interleave(2, dim=1)).flatten()
-    hidden = hidden[-1] + layer.attention_output @ mixed
-    gate, up = (layer.gate_up @ dense._norm(hidden, layer.mlp_norm)).chunk(2)
-    hidden = hidden + layer.down @ (torch.nn.functional.silu(gate) * up)
+    hidden = hidden[-1] + layer.attention_output(mixed)
+    gate, up = layer.gate_up(dense._norm(hidden, layer.mlp_norm)).chunk(2)
+    hidden = hidden + layer.down(torch.nn.functional.silu(gate) * up)
     return dense._norm(hidden, dense.final_norm)
 
 

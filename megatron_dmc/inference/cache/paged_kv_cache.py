@@ -23,10 +23,11 @@ from torch import Tensor
 
 from megatron_dmc.inference.cache.allocator import Allocator, OutOfBlocks
 from megatron_dmc.inference.cache.blocks import Blocks
+from megatron_dmc.inference.cache.decoding import Decoding, Tables
 from megatron_dmc.inference.cache.memory import available_bytes, zeros
 from megatron_dmc.methods.base import HeadCaches, Keep, Slot, State, Update
 from megatron_dmc.methods.step import Step
-from megatron_dmc.ops.paged_attention import entry_slots
+from megatron_dmc.ops.paged_attention import entry_slots, plan_decode
 
 DEFAULT_BLOCK_SIZE = 32
 
@@ -128,6 +129,9 @@ class PagedKVCache:
         }
         self.num_tokens = [0] * num_sequences
         self._free_at_least = num_blocks
+        self._tables: Tables | None = None
+        """Those of the last step of decoding; None once one of them changed."""
+        self._decoding: Decoding | None = None
 
     @property
     def device(self) -> torch.device:
@@ -205,6 +209,8 @@ class PagedKVCache:
     def before(self, layer: int, step: Step) -> tuple[State, Tensor]:
         """State and int32 lengths [B, G] of the head caches of a pass in one layer."""
         state = {name: tensor[layer, step.rows_B] for name, tensor in self.state.items()}
+        if step.decodes:
+            return state, self._decoding_of(step).length_LBG[layer]
         return state, self.cache_seqlens[layer, step.rows_B]
 
     def write(self, layer: int, step: Step, update: Update) -> HeadCaches:
@@ -214,22 +220,32 @@ class PagedKVCache:
             OutOfBlocks: several tokens of a sequence need more than are free. The pass is lost: its sequences must be
                 freed.
         """
-        before_BG, end_TG = self.cache_seqlens[layer, step.rows_B], update.entry_TG + 1
-        if step.decodes:
-            length_BG = torch.maximum(before_BG, end_TG)
-            table_BGM = self.block_table[layer, step.rows_B]
-            slot_TG = entry_slots(table_BGM, update.entry_TG.long().unsqueeze(-1), self.shape.block_size).squeeze(-1)
-            self._store(slot_TG, update.k_TGD, update.v_TGD)
+        return self._write_one(layer, step, update) if step.decodes else self._write_several(layer, step, update)
+
+    def _write_one(self, layer: int, step: Step, update: Update) -> HeadCaches:
+        decoding = self._decoding_of(step)
+        table_BGM, before_BG = decoding.tables.block_LBGM[layer], decoding.length_LBG[layer]
+        if self.shape.only_newest_changes:
+            slot_BG = decoding.slots(layer, update.entry_TG)
         else:
-            sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
-            length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
-            self._extend(layer, step.rows_B, length_BG)
-            table_BGM = self.block_table[layer, step.rows_B]
-            token, head = (end_TG > 0).nonzero(as_tuple=True)
-            entry = update.entry_TG[token, head].long()
-            block = table_BGM[step.sequence_T[token], head, entry // self.shape.block_size].long()
-            slots = block * self.shape.block_size + entry % self.shape.block_size
-            self._store(slots, update.k_TGD[token, head], update.v_TGD[token, head])
+            slot_BG = entry_slots(table_BGM, update.entry_TG.long().unsqueeze(-1), self.shape.block_size).squeeze(-1)
+        self._store(slot_BG, update.k_TGD, update.v_TGD)
+        length_BG = torch.maximum(before_BG, update.entry_TG + 1)
+        self.cache_seqlens[layer, step.rows_B] = length_BG
+        plan = None if decoding.tables.plans is None else decoding.tables.plans[layer]
+        return HeadCaches(self.k_blocks, self.v_blocks, table_BGM, before_BG, length_BG, plan)
+
+    def _write_several(self, layer: int, step: Step, update: Update) -> HeadCaches:
+        before_BG, end_TG = self.cache_seqlens[layer, step.rows_B], update.entry_TG + 1
+        sequence_TG = step.sequence_T.unsqueeze(-1).expand_as(end_TG)
+        length_BG = before_BG.scatter_reduce(0, sequence_TG, end_TG, "amax")
+        self._extend(layer, step.rows_B, length_BG)
+        table_BGM = self.block_table[layer, step.rows_B]
+        token, head = (end_TG > 0).nonzero(as_tuple=True)
+        entry = update.entry_TG[token, head].long()
+        block = table_BGM[step.sequence_T[token], head, entry // self.shape.block_size].long()
+        slots = block * self.shape.block_size + entry % self.shape.block_size
+        self._store(slots, update.k_TGD[token, head], update.v_TGD[token, head])
         self.cache_seqlens[layer, step.rows_B] = length_BG
         return HeadCaches(self.k_blocks, self.v_blocks, table_BGM, before_BG, length_BG)
 
@@ -257,6 +273,7 @@ class PagedKVCache:
         """End a pass: its tokens count."""
         for row, count in zip(step.rows, step.counts, strict=True):
             self.num_tokens[row] += count
+        self._decoding = None
 
     def check_integrity(self) -> None:
         """Compare lengths, tables and books. The message of the ``AssertionError`` is what does not hold."""
@@ -291,6 +308,7 @@ class PagedKVCache:
         column_M, held_LBG1 = self._columns(), self.held_blocks[layers, rows_B].unsqueeze(-1)
         is_surplus_LBGM = (column_M >= keep_LBG.unsqueeze(-1)) & (column_M < held_LBG1)
         self.blocks.release(self.block_table[layers, rows_B], is_surplus_LBGM)
+        self._tables = None
         self.held_blocks[layers, rows_B] = keep_LBG
 
     def _take(self, is_wanted: Tensor, layers: slice = slice(None)) -> Tensor:
@@ -300,6 +318,7 @@ class PagedKVCache:
             OutOfBlocks: too few are free. Nothing was taken.
         """
         self._see_free(is_wanted)
+        self._tables = None
         block = self.blocks.take(is_wanted.flatten(1), layers).view(is_wanted.shape)
         if self.device.type == "cpu":
             # What another sequence left behind might not be finite, and attention multiplies it by 0 there.
@@ -327,6 +346,16 @@ class PagedKVCache:
         num_blocks, width = -(-num_entries // self.shape.block_size), self.block_table.shape[-1]
         if num_blocks > width:
             self.block_table = F.pad(self.block_table, (0, max(num_blocks, 2 * width) - width))
+
+    def _decoding_of(self, step: Step) -> Decoding:
+        if self._decoding is None or self._decoding.step is not step:
+            if self._tables is None or self._tables.rows != tuple(step.rows):
+                block_LBGM, held_LBG = self.block_table[:, step.rows_B], self.held_blocks[:, step.rows_B]
+                plans = plan_decode(block_LBGM, held_LBG, self.k_blocks) if self.device.type == "cpu" else None
+                self._tables = Tables(tuple(step.rows), block_LBGM, plans)
+            length_LBG = self.cache_seqlens[:, step.rows_B]
+            self._decoding = Decoding.of(step, self._tables, length_LBG, self.shape.block_size)
+        return self._decoding
 
     def _store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         self.k_blocks.flatten(0, 1)[slots] = k

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_dmc.checkpoint.source import Source
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
 from megatron_dmc.inference.decoder.layer_attention import Attention, CachedAttention, DecisionTrace, WholeAttention
+from megatron_dmc.inference.decoder.linear import Linear
 from megatron_dmc.methods import Method, method_of
 from megatron_dmc.methods.step import Step
 from megatron_dmc.models.config import DTYPES
@@ -26,16 +27,16 @@ from megatron_dmc.ops.rope import inverse_frequencies
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One transformer layer; matrices are [out, in]."""
+    """One transformer layer."""
 
     attention_norm: Tensor
-    qkv: Tensor
+    qkv: Linear
     """Query, key and value projections, one above the other."""
-    attention_output: Tensor
+    attention_output: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
+    gate_up: Linear
     """Gate and up projections, one above the other."""
-    down: Tensor
+    down: Linear
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     """Norms over the channels of each query and key head, in families that have them."""
@@ -88,11 +89,11 @@ class Decoder:
         def load_layer(layer: int) -> LayerWeights:
             return LayerWeights(
                 attention_norm=load("attention_norm", layer),
-                qkv=torch.cat([load(role, layer) for role in ("q", "k", "v")]),
-                attention_output=load("attention_output", layer),
+                qkv=Linear(torch.cat([load(role, layer) for role in ("q", "k", "v")])),
+                attention_output=Linear(load("attention_output", layer)),
                 mlp_norm=load("mlp_norm", layer),
-                gate_up=torch.cat([load(role, layer) for role in ("gate", "up")]),
-                down=load("down", layer),
+                gate_up=Linear(torch.cat([load(role, layer) for role in ("gate", "up")])),
+                down=Linear(load("down", layer)),
                 q_norm=load("q_norm", layer) if config.qk_norm else None,
                 k_norm=load("k_norm", layer) if config.qk_norm else None,
             )
@@ -100,7 +101,7 @@ class Decoder:
         self.embedding = load("embedding")
         self.layers = [load_layer(layer) for layer in range(config.num_layers)]
         self.final_norm = load("final_norm")
-        self.output = self.embedding if config.tie_word_embeddings else load("output")
+        self.output = Linear(self.embedding if config.tie_word_embeddings else load("output"))
 
     def new_cache(
         self, num_sequences: int, *, block_size: int = DEFAULT_BLOCK_SIZE, num_blocks: int | None = None
@@ -168,30 +169,30 @@ class Decoder:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [..., V] from hidden states [..., H]."""
-        return F.linear(hidden, self.output).float()
+        return self.output(hidden).float()
 
     def _body(self, tokens: Tensor, attention: Attention) -> Tensor:
         """Hidden states [..., H] of tokens [...]."""
         hidden = F.embedding(tokens, self.embedding)
         for index, layer in enumerate(self.layers):
-            mixed = attention(index, *self._project(hidden, layer)).flatten(-2)
-            hidden = hidden + F.linear(mixed, layer.attention_output)
-            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+            hidden += layer.attention_output(attention(index, *self._project(hidden, layer)).flatten(-2))
+            gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+            hidden += layer.down(F.silu(gate, inplace=True).mul_(up))
         return self._norm(hidden, self.final_norm)
 
     def _project(self, hidden: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., N, D], keys and values [..., G, D]."""
         config = self.config
         heads = [config.num_attention_heads, config.num_kv_heads, config.num_kv_heads]
-        qkv = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv)
+        qkv = layer.qkv(self._norm(hidden, layer.attention_norm))
         q, k, v = qkv.unflatten(-1, (sum(heads), config.head_dim)).split(heads, dim=-2)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         return q, k, v
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm in float32."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.config.rms_norm_eps)
-        return weight * normed.to(x.dtype)
+        """RMSNorm in float32; multiplied by ``weight`` in the dtype of ``x``."""
+        eps = self.config.rms_norm_eps
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return weight * F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype)

@@ -93,5 +93,5 @@ def _attend_blockwise(q_TND: Tensor, k_GED: Tensor, v_GED: Tensor, filled_GE: Te
 
 def entry_slots(block_table_BGM: Tensor, entry_BGE: Tensor, block_size: int) -> Tensor:
     """int64 [B, G, E]: where in the flattened pool the given entries of each head cache lie."""
-    block_BGE = block_table_BGM.gather(2, entry_BGE // block_size).long()
+    block_BGE = block_table_BGM.gather(-1, entry_BGE // block_size).long()
     return block_BGE * block_size + entry_BGE % block_size
