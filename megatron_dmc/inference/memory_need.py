@@ -91,8 +91,10 @@ class ModelMemory:
 
     @property
     def weights(self) -> int:
-        """Bytes of all parameters."""
-        return self.config.num_parameters * self.dtype.itemsize
+        """Bytes of all parameters; an embedding that is also the output is there twice on a CPU."""
+        config = self.config
+        copied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+        return (config.num_parameters + copied) * self.dtype.itemsize
 
     @property
     def shape(self) -> CacheShape:

@@ -7,7 +7,7 @@ from megatron_dmc import methods
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.memory_need import DeviceMemory, ModelMemory, Need
 from megatron_dmc.models.config import ModelConfig
-from tests.inference.tiny_model import tiny_model
+from tests.inference.tiny_model import RandomSource, tiny_llama
 
 GIB = 1 << 30
 LLAMA_2_7B = ModelConfig(
@@ -44,10 +44,12 @@ def test_a_compressed_cache_is_expected_by_its_method():
 
 
 def test_weights_are_those_that_are_loaded():
-    model = tiny_model(num_kv_heads=2)
-    layers = [tensor for layer in model.layers for tensor in vars(layer).values() if tensor is not None]
-    held = sum(tensor.nbytes for tensor in [model.embedding, model.final_norm, model.output, *layers])
-    assert ModelMemory(model.config, model.dtype, model.method, 32).weights == held
+    for tied in (False, True):
+        source = RandomSource(tiny_llama(tie_word_embeddings=tied))
+        stored = sum(tensor.nbytes for tensor in source.tensors.values())
+        # A CPU multiplies by a copy of a tied embedding that is laid out for it.
+        copied = source.tensors["model.embed_tokens.weight"].nbytes if tied else 0
+        assert ModelMemory(source.config, torch.float32, methods.Dense(), 32).weights == stored + copied
 
 
 def test_a_pool_fills_the_share_of_the_device():
