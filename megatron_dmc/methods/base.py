@@ -126,15 +126,12 @@ class Method(ABC):
 
     def attend(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Tensor:
         """Attention output [T, N, D] of the new tokens, each over the cache as it was at its position."""
-        q_TND = self.rotated_queries(tokens)
-        if caches.plan is not None:
-            return caches.plan.attend(q_TND, caches.kv.k_blocks, caches.kv.v_blocks, caches.length_BG)
         if tokens.step.decodes:
-            return paged_attention(q_TND, caches.kv, caches.block_table_BGM, caches.length_BG)
+            return self._attend_one(self.rotated_queries(tokens), caches)
         out_NTD, lse_NT = self.attend_own(tokens, update)
         if tokens.step.continues:
             cached = paged_attention_to_chunks(
-                q_TND,
+                self.rotated_queries(tokens),
                 tokens.step.counts,
                 caches.kv,
                 caches.block_table_BGM,
@@ -142,6 +139,11 @@ class Method(ABC):
             )
             merge(out_NTD, lse_NT, *cached)
         return out_NTD.transpose(0, 1)
+
+    def _attend_one(self, q_BND: Tensor, caches: HeadCaches) -> Tensor:
+        if caches.plan is not None:
+            return caches.plan.attend(q_BND, caches.kv.k_blocks, caches.kv.v_blocks, caches.length_BG)
+        return paged_attention(q_BND, caches.kv, caches.block_table_BGM, caches.length_BG)
 
     def attend_own(self, tokens: Tokens, update: Update) -> tuple[Tensor, Tensor]:
         """Output [N, T, D] and log-sum-exp [N, T] over the new tokens of the same sequence alone."""

@@ -230,6 +230,8 @@ class PagedKVCache:
         if self.device.type == "cpu" and not is_full_LBG.any():
             return
         block_LBG = self._take(is_full_LBG)
+        if self.device.type == "cpu":
+            self._clear(block_LBG[is_full_LBG])
         layer_L11, head_G = (torch.arange(size, device=self.device) for size in held_LBG.shape[::2])
         column_LBG = held_LBG.clamp(max=self.block_table.shape[-1] - 1)
         place = (layer_L11.view(-1, 1, 1), rows_B.unsqueeze(-1), head_G, column_LBG)
@@ -323,9 +325,10 @@ class PagedKVCache:
         held_BG1 = self.held_blocks[layer, rows_B].unsqueeze(-1)
         wanted_BG1 = torch.maximum(held_BG1, self._num_blocks(length_BG).unsqueeze(-1))
         is_new_BGM = (self._columns() >= held_BG1) & (self._columns() < wanted_BG1)
-        block_1BGM = self._take(is_new_BGM.unsqueeze(0), slice(layer, layer + 1))
+        (block_BGM,) = self._take(is_new_BGM.unsqueeze(0), slice(layer, layer + 1))
+        self._clear(block_BGM[is_new_BGM & (self._columns() == wanted_BG1 - 1)])
         table_BGM = self.block_table[layer, rows_B]
-        self.block_table[layer, rows_B] = torch.where(is_new_BGM, block_1BGM[0], table_BGM)
+        self.block_table[layer, rows_B] = torch.where(is_new_BGM, block_BGM, table_BGM)
         self.held_blocks[layer, rows_B] = wanted_BG1.squeeze(-1)
 
     def _shrink(self, layers: slice, rows_B: Tensor, keep_LBG: Tensor) -> None:
@@ -337,7 +340,7 @@ class PagedKVCache:
         self.held_blocks[layers, rows_B] = keep_LBG
 
     def _take(self, is_wanted: Tensor, layers: slice = slice(None)) -> Tensor:
-        """int32 blocks of zeros where ``is_wanted`` [L, ...], any numbers elsewhere.
+        """int32 blocks where ``is_wanted`` [L, ...], any numbers elsewhere.
 
         Raises:
             OutOfBlocks: too few are free. Nothing was taken.
@@ -345,10 +348,14 @@ class PagedKVCache:
         self._see_free(is_wanted)
         self._tables = None
         block = self.blocks.take(is_wanted.flatten(1), layers).view(is_wanted.shape)
-        if self.device.type == "cpu":
-            # What another sequence left behind might not be finite, and attention multiplies it by 0 there.
-            self.pool.clear(block[is_wanted])
         return block.int()
+
+    def _clear(self, blocks: Tensor) -> None:
+        """Put zeros into blocks that may stay partly empty: attention on a CPU multiplies what is there by 0.
+
+        What another sequence left behind might not be finite.
+        """
+        self.pool.clear(blocks)
 
     def _see_free(self, is_wanted: Tensor) -> None:
         at_most = is_wanted.numel()
