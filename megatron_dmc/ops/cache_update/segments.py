@@ -35,7 +35,7 @@ def update_segments(
     """
     weighted_BGK = weighted_sums(k_BGD, v_BGD, omega_BG)
     if state.dim() == weighted_BGK.dim():
-        state = sums_BGK = torch.addcmul(weighted_BGK, state, alpha_BG.unsqueeze(-1).to(state.dtype))
+        state = sums_BGK = torch.where(alpha_BG.unsqueeze(-1), state, 0.0) + weighted_BGK
     else:
         slot_BG1K = (position_B % state.shape[2]).view(-1, 1, 1, 1).expand_as(weighted_BGK.unsqueeze(2))
         state = torch.where(alpha_BG[..., None, None], state, 0.0).scatter_(2, slot_BG1K, weighted_BGK.unsqueeze(2))
