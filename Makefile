@@ -48,7 +48,7 @@ types: setup
 	$(PYTHON) -m mypy
 
 bench: setup
-	for benchmark in training convert; do \
+	for benchmark in training training_transformers convert; do \
 	  $(PYTHON) -m examples.benchmarks.$$benchmark --json runs/benchmark_$$benchmark.json || exit; \
 	done
 

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from megatron_dmc.support.threads import wait_briefly
+
 LEARNING_RATE = 1e-5
 CLIP = 1.0
 
@@ -44,6 +46,7 @@ def megatron_dmc(turns: Turns, flags: list[str]) -> None:
         turns: when a step is taken.
         flags: of the command.
     """
+    wait_briefly()  # as the command does, before torch is loaded
     from megatron_dmc.seam import host
 
     host.use_cpu()

@@ -154,6 +154,7 @@ def _started(side: str, arguments: dict[str, Any]) -> Iterator[Callable[[], floa
                 ask.flush()
             answer = answers.readline()
             if not answer:
+                process.wait()
                 log.seek(0)
                 raise RuntimeError(f"{side} ended before its steps:\n{log.read()}")
             return float(answer)

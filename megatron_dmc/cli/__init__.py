@@ -21,6 +21,7 @@ from megatron_dmc.support.errors import (
     CheckFailed,
     InfrastructureError,
 )
+from megatron_dmc.support.threads import wait_briefly
 
 COMMANDS = ("quickstart", "doctor", "data", "convert", "train", "evaluate", "generate", "chat", "report")
 EXIT_INTERRUPTED = 130
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 user error, 2 a check failed, 64 and up infrastructure)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _print_any_text()
+    wait_briefly()
     try:
         args = build_parser().parse_args(arguments)
         return args.run(args)
