@@ -34,7 +34,8 @@ def fill(cache: PagedKVCache, length_LBG: Tensor) -> None:
     cache.reserve(rows, step.counts)
     place_TG = step.offset_T.unsqueeze(-1).expand(-1, num_heads)
     for layer, length_BG in enumerate(length_LBG.to(device)):
-        entry_TG = torch.where(place_TG < length_BG[step.sequence_T], place_TG, -1).int()
+        # The newest token of a sequence always writes: what a head cache lacks, it lacks in front.
+        entry_TG = (place_TG - (longest - length_BG[step.sequence_T])).clamp(min=-1).int()
         k_TGD, v_TGD = torch.randn(2, len(entry_TG), num_heads, shape.head_dim, device=device).to(shape.dtype)
         cache.write(layer, step, Update(k_TGD, v_TGD, entry_TG, {}))
     cache.commit(step)
