@@ -1,4 +1,7 @@
-"""Who reads next: prompts of waiting requests while there is room, else one token of all running ones. No torch."""
+"""Who reads next: prompts of waiting requests while there is room, in turns with one token of all running texts.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,8 @@ class Scheduler:
         self._samples: dict[Request, list[Request]] = {}
         """Source -> waiting samples of its prompt, until it was read."""
         self._is_full = False
+        self._read_prompts = False
+        """Whether the last batch did: then the running texts have their turn."""
         self._refused_at: tuple[int, int, int] | None = None
         """Free rows and blocks, and the age of the expectation, when the first that waits found no room."""
 
@@ -85,9 +90,10 @@ class Scheduler:
                 self._samples.setdefault(request.source, []).append(request)
 
     def next(self, num_free_rows: int, num_free_blocks: int) -> Batch:
-        """The next pass: a part of one long prompt, as many whole prompts as fit, or the running requests.
+        """The next pass: a part of one long prompt, as many whole prompts as fit, or the running texts.
 
-        Admitted requests run from now on; the caller gives them memory, or :meth:`give_back`.
+        Prompts and texts take turns, so that no text waits for longer than one pass over prompts. Admitted requests
+        run from now on; the caller gives them memory, or :meth:`give_back`.
 
         Args:
             num_free_rows: requests that the cache can take beside those that it holds.
@@ -95,9 +101,12 @@ class Scheduler:
         """
         self.is_short = False
         reading = [request for request in self.running if request.num_unread > 1]
-        admitted = reading or self._admit(num_free_rows, num_free_blocks)
+        decoding = [request for request in self.running if request.num_unread == 1]
+        takes_turn = self._read_prompts and decoding
+        admitted = [] if takes_turn else reading or self._admit(num_free_rows, num_free_blocks)
+        self._read_prompts = bool(admitted)
         if not admitted:
-            return Batch(list(self.running), [1] * len(self.running))
+            return Batch(decoding, [1] * len(decoding))
         counts = [request.num_unread for request in admitted]
         return Batch(admitted, [min(count, self.prefill_tokens) for count in counts] if self.reads_parts else counts)
 

@@ -32,30 +32,34 @@ def preempt(scheduler, requests):
     scheduler.give_back(requests)
 
 
-def test_prompts_first_then_one_token_of_each():
+def passes(scheduler, count):
+    """Counts of the next passes; there is always room."""
+    counts = []
+    for _ in range(count):
+        batch = scheduler.next(num_free_rows=8, num_free_blocks=MANY)
+        counts.append(batch.counts)
+        read(batch)
+    return counts
+
+
+def test_prompts_and_one_token_of_each_text_take_turns():
     scheduler = scheduler_of(prefill_tokens=10)
     scheduler.add(requests(4, 6, 1))
-    first = scheduler.next(num_free_rows=8, num_free_blocks=MANY)
-    assert first.counts == [4, 6]
-    read(first)
-    second = scheduler.next(num_free_rows=6, num_free_blocks=MANY)
-    assert second.counts == [1]
-    read(second)
-    third = scheduler.next(num_free_rows=5, num_free_blocks=MANY)
-    assert third.counts == [1, 1, 1]
-    assert third.decodes
+    assert passes(scheduler, 5) == [[4, 6], [1, 1], [1], [1, 1, 1], [1, 1, 1]]
 
 
 def test_a_long_prompt_is_read_in_parts_before_others():
     scheduler = scheduler_of(prefill_tokens=10)
     scheduler.add(requests(25, 3))
-    counts = []
-    for _ in range(4):
-        batch = scheduler.next(num_free_rows=2, num_free_blocks=MANY)
-        counts.append(batch.counts)
-        read(batch)
-    assert counts == [[10], [10], [5], [3]]
-    assert scheduler.next(num_free_rows=0, num_free_blocks=MANY).counts == [1, 1]
+    assert passes(scheduler, 6) == [[10], [10], [5], [1], [3], [1, 1]]
+
+
+def test_texts_go_on_while_a_long_prompt_is_read():
+    scheduler = scheduler_of(prefill_tokens=10)
+    scheduler.add(requests(3))
+    passes(scheduler, 1)
+    scheduler.add(requests(25))
+    assert passes(scheduler, 6) == [[1], [10], [1], [10], [1], [5]]
 
 
 def test_rows_limit_admission():
@@ -83,6 +87,7 @@ def test_admission_leaves_room_for_what_runs():
     scheduler.add(requests(8, 8, 8, max_new_tokens=8))
     read(scheduler.next(num_free_rows=8, num_free_blocks=25))
     assert len(scheduler.running) == 2
+    assert scheduler.next(num_free_rows=6, num_free_blocks=17).decodes
     # 8 blocks are held; the running ones are to get 8 more.
     assert scheduler.next(num_free_rows=6, num_free_blocks=17).requests == scheduler.running
     assert scheduler.is_short
@@ -127,6 +132,7 @@ def test_samples_wait_for_their_prompt_and_others_do_not():
         sample.receive(7)
     scheduler.start(samples[:1], first)
     assert scheduler.running == [first, group[1], other]
+    assert scheduler.next(num_free_rows=5, num_free_blocks=MANY).requests == scheduler.running
     assert scheduler.next(num_free_rows=5, num_free_blocks=MANY).requests == [group[2]], "found no room and reads alone"
 
 
