@@ -60,8 +60,8 @@ FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
 """Settings that must have one of these values (or be absent), because another would change the computation."""
 
 _HARMLESS = """
-    architectures transformers_version _name_or_path name_or_path _commit_hash _from_model_config model_name
-    finetuning_task task_specific_params tokenizer_class prefix problem_type id2label label2id num_labels
+    architectures transformers_version _name_or_path _model_name_or_path name_or_path _commit_hash _from_model_config
+    model_name finetuning_task task_specific_params tokenizer_class prefix problem_type id2label label2id num_labels
     transformers.js_config is_llama_config unsloth_version unsloth_fixed keys_to_ignore_at_inference
     use_cache return_dict output_attentions output_hidden_states output_scores return_dict_in_generate torchscript
     use_bfloat16 tf_legacy_loss chunk_size_feed_forward gradient_checkpointing initializer_range pretraining_tp
