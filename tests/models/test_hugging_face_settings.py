@@ -24,6 +24,7 @@ LLAMA_LIKE = """
         {"attn_implementation": "sdpa", "_attn_implementation": "flash_attention_2", "_flash_attn_2_enabled": True},
         {"pad_token_id": -1, "unk_token_id": 0, "forced_eos_token_id": None, "num_beams": 4, "temperature": 0.6},
         {"task_specific_params": {"a": 1}, "finetuning_task": "x", "id2label": {"0": "A"}, "architectures": ["X"]},
+        {"_name_or_path": "a/b", "_model_name_or_path": "SmolLM2 135M"},
         {"embedding_multiplier": 1.0, "residual_multiplier": 1, "logits_scaling": 1.0, "hidden_dropout": 0.0},
         {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28},
         {"num_local_experts": 0, "auto_map": {}, "quantization_config": None, "rotary_pct": 1.0},
