@@ -1,7 +1,8 @@
-"""The settings of Dynamic Memory Compression: one frozen dataclass, the source of flags and file formats.
+"""The settings of a retrofit: one frozen dataclass, the source of flags and file formats.
 
 Command-line flags (``training/arguments.py``), checkpoints and exported models all carry exactly these
-fields. Sources: [DMC] arXiv 2403.09636; "contract" marks a definition that the paper leaves open.
+fields. Sources: [DMC] arXiv 2403.09636; [DMS] arXiv 2506.05345; "contract" marks a definition that the papers leave
+open.
 """
 
 from __future__ import annotations
@@ -13,10 +14,26 @@ from typing import Any
 
 from megatron_dmc.stages import RETROFIT, STAGES, find_stage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the settings as they are stored in checkpoints and exported models."""
 
+SINCE_2 = ("method", "decision_source", "decided_by", "steps_per_unit", "train", "distill")
+"""Settings that version 1 did not have. It knew one method, and their defaults say what it did."""
+
+DMC, DMS = "dmc", "dms"
+METHODS = (DMC, DMS)
+NEURON, ADAPTER = "neuron", "adapter"
+DECISION_SOURCES = (NEURON, ADAPTER)
+OWN, NEXT = "own", "next"
+DECIDED_BY = (OWN, NEXT)
 DECISIONS_PER = ("head", "layer")
+ALL, DECISIONS = "all", "decisions"
+TRAIN = (ALL, DECISIONS)
+NONE, FORWARD, REVERSE = "none", "forward", "reverse"
+DISTILL = (NONE, FORWARD, REVERSE)
+
+WINDOW_SIZE = {DMC: 0, DMS: 256}
+"""What a method's window is where nothing else is said ([DMS] section 3; the released model has 512)."""
 
 # sigmoid(x) > 0.5 evaluated in bfloat16 is x > 2**-7: the threshold of the published checkpoints.
 BF16_DECISION_THRESHOLD = 0.0078125
@@ -31,8 +48,14 @@ def _setting(default: Any, help: str, *, unit: str = "", source: str, choices: C
 
 @dataclass(frozen=True)
 class DMCConfig:
-    """Settings of DMC. Raises ``ValueError`` on a value outside its range."""
+    """Settings of a retrofit. Raises ``ValueError`` on a value outside its range, and on values that exclude others."""
 
+    method: str = _setting(
+        DMC,
+        "dmc merges tokens into entries; dms evicts them behind a window",
+        source="[DMC], [DMS]",
+        choices=METHODS,
+    )
     stage: str = _setting(
         RETROFIT.name,
         "stage of the retrofit; off builds Megatron's own model and nothing of ours",
@@ -46,10 +69,24 @@ class DMCConfig:
         source="[DMC] section 3.2",
     )
     window_size: int = _setting(
-        0,
-        "tokens in the running mean of a segment, the current one counted; 0 = the whole segment",
+        -1,
+        "dmc: tokens in the running mean of a segment, the current one counted, 0 = the whole segment; dms: positions "
+        f"back that a token stays whatever was decided; -1 = {WINDOW_SIZE[DMC]} of dmc, {WINDOW_SIZE[DMS]} of dms",
         unit="tokens, >= 0",
-        source="[DMC] section 3.2; 12 in the published checkpoints",
+        source="[DMC] section 3.2, 12 in the published checkpoints; [DMS] section 3",
+    )
+    decision_source: str = _setting(
+        NEURON,
+        "where decisions come from: a borrowed channel of keys (dmc) or queries (dms), or a linear of the hidden "
+        "state (dms)",
+        source="[DMC] section 3.1; [DMS] section 3 and its code",
+        choices=DECISION_SOURCES,
+    )
+    decided_by: str = _setting(
+        OWN,
+        "dms: which token decides whether a token is evicted, itself or the one after it",
+        source="[DMS] section 3 (own); its code (next)",
+        choices=DECIDED_BY,
     )
     temperature: float = _setting(
         0.1, "temperature tau of the Gumbel-sigmoid in training", unit="> 0", source="[DMC] eq. 8"
@@ -78,6 +115,25 @@ class DMCConfig:
         source="[DMC] section 3; definition of DMC-C: contract",
         choices=DECISIONS_PER,
     )
+    steps_per_unit: float | None = _setting(
+        None,
+        "steps of the retrofit stage in which the ratio asked for rises by 1, until target_cr; unset, the whole stage",
+        unit="steps, > 0",
+        source="[DMS] section 4: 100",
+    )
+    train: str = _setting(
+        ALL,
+        "what learns: all weights, or the adapters that decide and nothing else",
+        source="[DMS] (all); its code (decisions)",
+        choices=TRAIN,
+    )
+    distill: str = _setting(
+        NONE,
+        "learn from the logits of the uncompressed model instead of the text: forward is KL(teacher || student), "
+        "reverse KL(student || teacher)",
+        source="[DMS] section 3; its code (reverse)",
+        choices=DISTILL,
+    )
     loss_weight: float = _setting(1.0, "weight of the one-sided compression loss", unit=">= 0", source="[DMC] eq. 11")
     zero_out_fraction: float = _setting(
         0.8,
@@ -97,20 +153,43 @@ class DMCConfig:
 
     def __post_init__(self) -> None:
         find_stage(self.stage)
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            if field.name != "stage" and choices is not None:
+                given = getattr(self, field.name)
+                _require(given in choices, field.name, given, f"one of {', '.join(choices)}")
+        if self.window_size == -1:
+            object.__setattr__(self, "window_size", WINDOW_SIZE[self.method])
         _require(self.target_cr >= 1, "target_cr", self.target_cr, ">= 1 (1 = no compression)")
-        _require(self.window_size >= 0, "window_size", self.window_size, ">= 0 (0 = whole segment)")
+        _require(self.window_size >= 0, "window_size", self.window_size, ">= 0 (0 = whole segment in dmc)")
         _require(self.temperature > 0, "temperature", self.temperature, "> 0 (published: 0.1)")
         _require(self.importance_epsilon > 0, "importance_epsilon", self.importance_epsilon, "> 0 (ours: 1e-6)")
-        _require(
-            self.decisions_per in DECISIONS_PER,
-            "decisions_per",
-            self.decisions_per,
-            f"one of {', '.join(DECISIONS_PER)}",
-        )
         _require(self.loss_weight >= 0, "loss_weight", self.loss_weight, ">= 0")
         _require(0 < self.zero_out_fraction <= 1, "zero_out_fraction", self.zero_out_fraction, "in (0, 1]")
         _require(self.noise_seed >= 0, "noise_seed", self.noise_seed, ">= 0")
         _require(self.stop_at_cr is None or self.stop_at_cr >= 1, "stop_at_cr", self.stop_at_cr, ">= 1, or unset")
+        _require(
+            self.steps_per_unit is None or self.steps_per_unit > 0,
+            "steps_per_unit",
+            self.steps_per_unit,
+            "> 0, or unset",
+        )
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.method == DMC:
+            _require(self.decision_source == NEURON, "decision_source", self.decision_source, "neuron with dmc")
+            _require(self.decided_by == OWN, "decided_by", self.decided_by, "own with dmc")
+        else:
+            _require(self.decisions_per == "head", "decisions_per", self.decisions_per, "head with dms")
+        if self.train == DECISIONS:
+            _require(
+                self.decision_source == ADAPTER,
+                "train",
+                self.train,
+                "all with the neuron, whose channel the other weights must learn to do without; use "
+                "--dmc-decision-source adapter",
+            )
 
     @property
     def compresses(self) -> bool:
@@ -134,13 +213,15 @@ class DMCConfig:
             ValueError: unknown or missing schema version, an unknown setting, or a value of the wrong type.
         """
         version = stored.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in (1, SCHEMA_VERSION):
             raise ValueError(
-                f"DMC settings have schema_version={version!r}: this release reads {SCHEMA_VERSION}; "
+                f"DMC settings have schema_version={version!r}: this release reads 1 and {SCHEMA_VERSION}; "
                 "convert the model again with the release that wrote it, or update megatron_dmc"
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values = {name: value for name, value in stored.items() if name != "schema_version"}
+        if version == 1:
+            fields = {name: field for name, field in fields.items() if name not in SINCE_2}
         unknown = sorted(values.keys() - fields.keys())
         if unknown:
             raise ValueError(f"unknown DMC settings {unknown}: allowed are {sorted(fields)}")

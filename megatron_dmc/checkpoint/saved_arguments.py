@@ -15,7 +15,7 @@ from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import LEGACY, TORCH_DIST, locate
 from megatron_dmc.checkpoint.pickles import Name, Record
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
-from megatron_dmc.config import SCHEMA_VERSION, DMCConfig
+from megatron_dmc.config import SCHEMA_VERSION, SINCE_2, DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.families import family_of
 from megatron_dmc.models.megatron import SETTINGS, Setting, number_of, scaling_from_arguments
@@ -147,7 +147,9 @@ def dmc_from_arguments(args: Mapping[str, Any], what: str) -> DMCConfig | None:
         return None
     names = {"schema_version", *(field.name for field in dataclasses.fields(DMCConfig))}
     stored = {name: args[DMC_PREFIX + name] for name in sorted(names) if DMC_PREFIX + name in args}
-    if stored["schema_version"] == SCHEMA_VERSION and stored.keys() != names:
+    if stored["schema_version"] == 1:
+        names = names.difference(SINCE_2)
+    if stored["schema_version"] in (1, SCHEMA_VERSION) and stored.keys() != names:
         raise ValueError(f"{what}: the saved DMC settings lack {', '.join(sorted(names - stored.keys()))}")
     return DMCConfig.from_dict(stored)
 

@@ -14,7 +14,7 @@ from megatron_dmc.checkpoint.saved_arguments import (
     namespace_dict,
     read_saved_arguments,
 )
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import SINCE_2, DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.megatron import megatron_arguments
 from megatron_dmc.ops.rope_scaling import RopeScaling
@@ -113,6 +113,15 @@ def test_dmc_settings_of_another_schema_or_with_gaps():
     with pytest.raises(ValueError, match="window_size"):
         dmc_from_arguments({name: value for name, value in stored.items() if name != "dmc_window_size"}, "it")
     assert dmc_from_arguments({"dmc_cr": 8}, "it") is None
+
+
+def test_dmc_settings_of_version_1_are_those_of_dmc():
+    stored = dmc_arguments(DMCConfig(window_size=12))
+    version_1 = {name: value for name, value in stored.items() if name.removeprefix("dmc_") not in SINCE_2}
+    version_1["dmc_schema_version"] = 1
+    assert dmc_from_arguments(version_1, "it") == DMCConfig(window_size=12)
+    with pytest.raises(ValueError, match="lack temperature"):
+        dmc_from_arguments({name: value for name, value in version_1.items() if name != "dmc_temperature"}, "it")
 
 
 def test_saved_arguments_must_be_a_namespace():

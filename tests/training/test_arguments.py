@@ -35,11 +35,30 @@ def test_every_flag_has_help_with_its_source():
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--dmc-target-cr", "0.5"), ("--dmc-window-size", "-1"), ("--dmc-temperature", "0")]
+    ("flag", "value"), [("--dmc-target-cr", "0.5"), ("--dmc-window-size", "-2"), ("--dmc-temperature", "0")]
 )
 def test_a_value_out_of_range_names_itself(flag, value):
     with pytest.raises(ValueError, match=flag[2:].replace("-", "_")):
         parse(flag, value)
+
+
+def test_the_window_is_the_methods_own_where_none_is_given():
+    assert (parse().window_size, parse("--dmc-method", "dms").window_size) == (0, 256)
+    assert parse("--dmc-method", "dms", "--dmc-window-size", "0").window_size == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--dmc-decision-source", "adapter"),
+        ("--dmc-decided-by", "next"),
+        ("--dmc-method", "dms", "--dmc-decisions-per", "layer"),
+        ("--dmc-method", "dms", "--dmc-train", "decisions"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_named(flags):
+    with pytest.raises(ValueError, match=flags[-2][2:].replace("-", "_")):
+        parse(*flags)
 
 
 def test_defaults_yield_to_flags_that_are_given():
