@@ -254,7 +254,7 @@ class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
         if generation_mode not in _MODES:
             raise ValueError(
                 f"{generation_mode.value} does not work with a compressed cache: assisted and contrastive decoding "
-                "take back tokens, which are merged by then; use greedy search, sampling or beams"
+                "take back tokens, which are merged or evicted by then; use greedy search, sampling or beams"
             )
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
 

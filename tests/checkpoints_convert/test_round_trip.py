@@ -15,6 +15,7 @@ from checkpoints_convert.hf_writer import plan_shards, write_weights
 from checkpoints_convert.megatron_to_hf import export_checkpoint
 from checkpoints_convert.megatron_writer import ANY_LAYOUT, MegatronLayout
 from checkpoints_convert.options import Options
+from checkpoints_convert.verify import verify
 from megatron_dmc.checkpoint.manifest import manifest_problems
 from megatron_dmc.checkpoint.source import open_source
 from megatron_dmc.config import DMCConfig, has_adapter
@@ -153,7 +154,8 @@ def test_a_plain_llama_from_a_model_that_evicts(tmp_path, decision_source):
     dmc = DMCConfig("dms", decision_source=decision_source)
     source = write_model(tmp_path / "hf", dataclasses.replace(TINY, adapter=has_adapter(dmc)), dmc)
     import_checkpoint(source, tmp_path / "megatron", options=UNVERIFIED)
-    export_checkpoint(tmp_path / "megatron", tmp_path / "back", as_llama=True)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", as_llama=True, options=UNVERIFIED)
+    assert verify(source, tmp_path / "back", logits=False).clears_borrowed == (True, False)
     before, after = open_source(source), open_source(tmp_path / "back")
     assert (after.dmc, after.config) == (None, TINY)
     for name in after.names():
