@@ -72,10 +72,10 @@ def without_borrowed_channels(role: str, weight: Tensor, config: ModelConfig, bo
             f"some query heads of this {config.family} lend a channel behind a norm that all of them share: there is "
             "no plain model without it; export the model with its settings"
         )
-    heads = config.queries_per_kv_head if role == "q" else 1
-    count = borrowed.queries if role.startswith("q") else int(borrowed.keys)
+    of_queries, is_shared = role.startswith("q"), config.qk_norm
+    heads = config.queries_per_kv_head if of_queries and not is_shared else 1
     cleared = weight.clone()
-    borrowed_rows(cleared, config.head_dim, heads, count).zero_()
+    borrowed_rows(cleared, config.head_dim, heads, borrowed.queries if of_queries else int(borrowed.keys)).zero_()
     return cleared
 
 
