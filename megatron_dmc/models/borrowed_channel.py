@@ -70,7 +70,7 @@ def without_borrowed_channels(role: str, weight: Tensor, config: ModelConfig, bo
     if config.qk_norm and borrowed.queries is not None:
         raise ValueError(
             f"some query heads of this {config.family} lend a channel behind a norm that all of them share: there is "
-            "no plain model without it; export the model with its settings"
+            "no plain model without it; export a stage that compresses, with its settings"
         )
     of_queries, is_shared = role.startswith("q"), config.qk_norm
     heads = config.queries_per_kv_head if of_queries and not is_shared else 1
