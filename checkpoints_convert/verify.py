@@ -22,7 +22,7 @@ from megatron_dmc.checkpoint.locate import locate
 from megatron_dmc.checkpoint.manifest import manifest_problems
 from megatron_dmc.checkpoint.source import Source, open_source
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.borrowed_channel import parts_without_borrowed_channels
+from megatron_dmc.models.borrowed_channel import borrowed_by, parts_without_borrowed_channels
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.tensors import Entry, entries
 from megatron_dmc.support.errors import CheckFailed, Refused
@@ -47,8 +47,7 @@ class Verification:
 
     Attributes:
         tensors, bytes: number and size of the tensors that are equal bit for bit.
-        clears_borrowed: for each of the two, whether it was compared after zeroing the rows of the channels that
-            DMC borrows.
+        clears_borrowed: for each of the two, whether it was compared after zeroing the rows of borrowed channels.
         layers: layers whose outputs were compared; 0: only tensors.
         equal_predictions: share of positions with the same most likely token; None: no logits were compared.
         max_difference, mean_difference: of the logits.
@@ -69,7 +68,7 @@ class Verification:
         """For people."""
         told = [f"{self.tensors} tensors ({self.bytes} bytes) are equal bit for bit"]
         if any(self.clears_borrowed):
-            told.append("compared with the borrowed channels of q and k cleared, as an export to plain Llama does")
+            told.append("compared without borrowed channels and adapters, as an export to plain Llama leaves them out")
         if self.equal_predictions is not None:
             told.append(
                 f"logits of {PROMPTS * PROMPT_TOKENS} positions: {self.equal_predictions:.1%} equal predictions, "
@@ -140,7 +139,7 @@ def _check_settings(first: Source, second: Source) -> tuple[bool, bool]:
     """Whether the borrowed rows of one must be cleared, as its export did; fails where the models differ."""
     different = [
         f"{name}: {getattr(first.config, name)!r} and {getattr(second.config, name)!r}"
-        for name in ModelConfig.__dataclass_fields__
+        for name in ModelConfig.__dataclass_fields__.keys() - {"adapter"}  # which follows from the settings
         if getattr(first.config, name) != getattr(second.config, name)
     ]
     if different:
@@ -152,12 +151,13 @@ def _check_settings(first: Source, second: Source) -> tuple[bool, bool]:
 
 
 def _with_effect(dmc: DMCConfig | None) -> DMCConfig | None:
-    """Settings of a stage that borrows channels."""
-    return None if dmc is None or not dmc.borrows_channel else dmc
+    """Settings of a stage of the retrofit."""
+    return None if dmc is None or not dmc.retrofits else dmc
 
 
 def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> Verification:
-    config = pair[0].config
+    # An export to a plain Llama leaves out the adapter.
+    config = dataclasses.replace(pair[0].config, adapter=all(source.config.adapter for source in pair))
     count = total = 0
     with progress("verify", 2 * weight_bytes(config), "B") as advance:
         for entry in entries(config):
@@ -174,7 +174,7 @@ def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> 
 
 def _parts(source: Source, entry: Entry, clear: bool) -> list[Tensor]:
     parts = source.parts(entry)
-    return parts_without_borrowed_channels(entry, parts, source.config) if clear else parts
+    return parts_without_borrowed_channels(entry, parts, source.config, borrowed_by(source.dmc)) if clear else parts
 
 
 def _unequal(one: Tensor, other: Tensor) -> int:

@@ -181,6 +181,8 @@ class DMCConfig:
             _require(self.decision_source == NEURON, "decision_source", self.decision_source, "neuron with dmc")
             _require(self.decided_by == OWN, "decided_by", self.decided_by, "own with dmc")
         else:
+            if self.decision_source == ADAPTER and find_stage(self.stage).frees_channel:
+                _require(False, "stage", self.stage, "retrofit with an adapter, for which no channel has to be freed")
             _require(self.decisions_per == "head", "decisions_per", self.decisions_per, "head with dms")
         if self.train == DECISIONS:
             _require(
@@ -197,9 +199,14 @@ class DMCConfig:
         return find_stage(self.stage).compresses
 
     @property
+    def retrofits(self) -> bool:
+        """Whether the stage belongs to the retrofit; otherwise the model is Megatron's own."""
+        return find_stage(self.stage).retrofits
+
+    @property
     def borrows_channel(self) -> bool:
-        """Whether the last channel of query and key heads is borrowed; otherwise the model is Megatron's own."""
-        return find_stage(self.stage).borrows_channel
+        """Whether decisions are read from channels of heads that attention has lent (or is about to lend)."""
+        return self.retrofits and self.decision_source == NEURON
 
     def to_dict(self) -> dict[str, Any]:
         """All settings and the schema version, ready for JSON."""
@@ -228,6 +235,11 @@ class DMCConfig:
         for name, value in values.items():
             values[name] = _checked(name, value, fields[name].default)
         return cls(**values)
+
+
+def has_adapter(settings: DMCConfig | None) -> bool:
+    """Whether a model with these settings has an adapter that decides; None: it was never retrofitted."""
+    return settings is not None and settings.retrofits and settings.decision_source == ADAPTER
 
 
 def _require(holds: bool, name: str, given: Any, allowed: str) -> None:

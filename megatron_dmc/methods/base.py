@@ -22,14 +22,14 @@ from torch import Tensor
 
 from megatron_dmc.methods.decisions import Decisions, NoiseSource
 from megatron_dmc.methods.step import ALONE, Ranks, Step, Tokens
+from megatron_dmc.ops.borrowed import EVERY_HEAD, Borrowed
 from megatron_dmc.ops.cache_update import Logits, Merging
 from megatron_dmc.ops.geometry import Geometry
-from megatron_dmc.ops.masked_attention.merged import attend as attend_pieces
+from megatron_dmc.ops.masked_attention import attend_masked
 from megatron_dmc.ops.masked_attention.merged import merge
-from megatron_dmc.ops.masked_attention.piecewise import plan_attention
 from megatron_dmc.ops.paged_attention import DecodePlan, paged_attention, paged_attention_to_chunks
 from megatron_dmc.ops.paged_kv import PagedKV
-from megatron_dmc.ops.rope import rotate
+from megatron_dmc.ops.rotated import rotated_keys, rotated_queries
 
 State = Mapping[str, Tensor]
 """What a method keeps for every head, by the names of :meth:`Method.state`: [B, G, ...]."""
@@ -61,6 +61,9 @@ class Update(NamedTuple):
     state: State
     """New values for every head."""
     decisions: Decisions | None = None
+    num_queries_BGE: Tensor | None = None
+    """int32: how many of the new tokens of its sequence, the first ones, see each entry that was there before; None: as
+    :meth:`Method.visible_before` says."""
 
 
 class HeadCaches(NamedTuple):
@@ -91,8 +94,10 @@ class Method(ABC):
 
     Attributes:
         name: as users know it.
-        neuron_scale: factor of the borrowed channel before and after RoPE; 1 where none is borrowed.
+        neuron_scale: factor of the borrowed channels before and after RoPE; 1 where none is borrowed.
+        borrowed: the heads that lend a channel.
         compresses: whether the cache can become shorter than the text.
+        decision_delay: tokens that come before a hard decision makes a cache shorter; of methods with a whole form.
         has_whole_form: whether :meth:`whole` exists; evaluation and training at once need it.
         exact_recompute: whether reading a text again gives the cache that decoding it gave.
         reads_parts: whether several tokens can be read behind others; where not, a prompt is read whole.
@@ -104,7 +109,9 @@ class Method(ABC):
 
     name: str
     neuron_scale: float = 1.0
+    borrowed: Borrowed = EVERY_HEAD
     compresses: bool = True
+    decision_delay: int = 0
     has_whole_form: bool = False
     exact_recompute: bool = False
     reads_parts: bool = True
@@ -136,6 +143,7 @@ class Method(ABC):
                 caches.kv,
                 caches.block_table_BGM,
                 self.visible_before(update, caches, tokens.step),
+                update.num_queries_BGE,
             )
             merge(out_NTD, lse_NT, *cached)
         return out_NTD.transpose(0, 1)
@@ -147,11 +155,9 @@ class Method(ABC):
 
     def attend_own(self, tokens: Tokens, update: Update) -> tuple[Tensor, Tensor]:
         """Output [N, T, D] and log-sum-exp [N, T] over the new tokens of the same sequence alone."""
-        q_TND = self.rotated_queries(tokens)
-        near = tuple(x.unsqueeze(1).permute(1, 2, 0, 3) for x in (q_TND, update.k_TGD, update.v_TGD))
-        plan = plan_attention(tokens.step.geometry, None, q_TND.shape[-1])
-        out, lse = attend_pieces(plan, (near[0], near[1], near[2]))
-        return out[0], lse[0]
+        q, k, v = (x.unsqueeze(1) for x in (self.rotated_queries(tokens), update.k_TGD, update.v_TGD))
+        out_T1ND, lse_1NT = attend_masked(q, k, v, None, tokens.step.geometry, free_window=None)
+        return out_T1ND.squeeze(1).transpose(0, 1), lse_1NT[0]
 
     def visible_before(self, update: Update, caches: HeadCaches, step: Step) -> Tensor:
         """int32 [B, G]: how many of the entries before the update the new tokens see."""
@@ -165,8 +171,8 @@ class Method(ABC):
         """Entries that a text is expected to leave in every head: what memory is planned by."""
         return num_tokens
 
-    def end_prompt(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
-        """Which entries survive a prompt that ends with these tokens; None: all."""
+    def survivors(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
+        """Which entries survive a pass over several tokens, which may end a prompt; None: all."""
         return None
 
     def whole(
@@ -176,6 +182,7 @@ class Method(ABC):
         v_SBGD: Tensor,
         geometry: Geometry,
         *,
+        adapter_SBG: Tensor | None = None,
         noise: NoiseSource | None = None,
         ranks: Ranks = ALONE,
     ) -> Whole:
@@ -185,6 +192,8 @@ class Method(ABC):
             q_TBND: queries of this rank.
             k_SBGD, v_SBGD: keys and values; ``ranks.whole_sequence`` makes them those of the whole sequence.
             geometry: positions of queries and keys.
+            adapter_SBG: what the adapter of a model makes of the hidden states at the positions of the queries, before
+                any factor or offset; None for a model without one.
             noise: given, the relaxation that trains; None takes hard decisions.
             ranks: how the layer is spread.
 
@@ -195,9 +204,10 @@ class Method(ABC):
 
     def rotated_queries(self, tokens: Tokens) -> Tensor:
         """[T, N, D] at the positions of the tokens."""
-        return self.rotated(tokens.q_TND, tokens.step, tokens.q_TND.dtype)
+        q_T1ND, num_kv_heads = tokens.q_TND.unsqueeze(1), tokens.k_TGD.shape[1]
+        geometry = tokens.step.geometry
+        return rotated_queries(q_T1ND, num_kv_heads, geometry, self.neuron_scale, self.borrowed).squeeze(1)
 
-    def rotated(self, x_THD: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
-        """RoPE at the positions of the new tokens, as ``dtype``."""
-        rotation, _ = step.geometry.rotations(self.neuron_scale, x_THD.dtype)
-        return rotate(x_THD.unsqueeze(1), rotation, dtype).squeeze(1)
+    def rotated_keys(self, k_TGD: Tensor, step: Step) -> Tensor:
+        """[T, G, D] at the positions of the new tokens."""
+        return rotated_keys(k_TGD.unsqueeze(1), step.geometry, self.neuron_scale, self.borrowed).squeeze(1)

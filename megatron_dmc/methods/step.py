@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.eviction_window import Part
 from megatron_dmc.ops.geometry import Geometry
 
 
@@ -107,6 +108,12 @@ class Step:
         return torch.tensor(self.positions, device=self.device)[self.sequence_T] + self.offset_T
 
     @cached_property
+    def part(self) -> Part:
+        """The new tokens as a part of their texts."""
+        position_B, count_B = (torch.tensor(numbers, device=self.device) for numbers in (self.positions, self.counts))
+        return Part(position_B, count_B, self.sequence_T, self.offset_T, self.last_B)
+
+    @cached_property
     def first_T(self) -> Tensor:
         """bool: whether a sequence begins with the token."""
         return self.position_T == 0
@@ -126,3 +133,5 @@ class Tokens(NamedTuple):
     k_TGD: Tensor
     v_TGD: Tensor
     step: Step
+    adapter_TG: Tensor | None = None
+    """Output of the model's adapter, before any factor or offset; None for a model without one."""

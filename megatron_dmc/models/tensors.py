@@ -1,8 +1,8 @@
 """The tensors of a model: what Megatron stores each as, and how both sides call them, in either direction.
 
 The rows are those of the block that all families share; a family's table (``families``) gives its names in Hugging
-Face's files. ``*`` is the layer. Shapes use h hidden_size, q query heads x head_dim, kv KV heads x head_dim,
-d head_dim, f ffn_hidden_size, v vocab_size; Megatron stacks the layers of ``torch_dist`` on a new first axis.
+Face's files. ``*`` is the layer. Shapes use h hidden_size, q query heads x head_dim, kv KV heads x head_dim, g KV
+heads, d head_dim, f ffn_hidden_size, v vocab_size; Megatron stacks the layers of ``torch_dist`` on a new first axis.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_dmc.models.fusion import Layout, MegatronShape
 
 
 class Part(NamedTuple):
-    """One tensor of Hugging Face: our word for it, the key of ``Family.tensor_names``, and its shape in letters."""
+    """One tensor of Hugging Face: our word for it, which ``Family.tensor_name`` takes, and its shape in letters."""
 
     role: str
     shape: tuple[str, ...]
@@ -57,6 +57,8 @@ ROWS = (
     ),
     Row(f"{_ATTENTION}.q_layernorm.weight", fusion.REPLICATED, (Part("q_norm", ("d",)),), flag="qk_norm"),
     Row(f"{_ATTENTION}.k_layernorm.weight", fusion.REPLICATED, (Part("k_norm", ("d",)),), flag="qk_norm"),
+    Row(f"{_ATTENTION}.decision_norm.weight", fusion.REPLICATED, (Part("decision_norm", ("h",)),), flag="adapter"),
+    Row(f"{_ATTENTION}.decision.weight", fusion.ROWS, (Part("decision", ("g", "h")),), flag="adapter"),
     Row(f"{_ATTENTION}.linear_proj.weight", fusion.COLUMNS, (Part("attention_output", ("h", "q")),)),
     Row(f"{_MLP}.linear_fc1.layer_norm_weight", fusion.REPLICATED, (Part("mlp_norm", ("h",)),)),
     Row(f"{_MLP}.linear_fc1.weight", fusion.GATE_UP, (Part("gate", ("f", "h")), Part("up", ("f", "h")))),
@@ -116,10 +118,10 @@ def entries(config: ModelConfig) -> list[Entry]:
     rows = [row for row in ROWS if row.flag is None or getattr(config, row.flag)]
     if config.tie_word_embeddings:
         rows = [row for row in rows if row.megatron != OUTPUT_LAYER]
-    names = family_of(config.family).tensor_names
+    family = family_of(config.family)
 
     def entry(row: Row, layer: int | None) -> Entry:
-        return Entry(row, layer, tuple(_numbered(names[part.role], layer) for part in row.parts))
+        return Entry(row, layer, tuple(_numbered(family.tensor_name(part.role), layer) for part in row.parts))
 
     first_layer_row = next(index for index, row in enumerate(rows) if row.per_layer)
     before, after = rows[:first_layer_row], [row for row in rows[first_layer_row:] if not row.per_layer]
@@ -136,7 +138,7 @@ def by_hf_name(config: ModelConfig) -> dict[str, tuple[Entry, int]]:
 
 def hf_name(config: ModelConfig, role: str, layer: int | None = None) -> str:
     """Hugging Face's name of a tensor, by our word for it and its layer."""
-    return _numbered(family_of(config.family).tensor_names[role], layer)
+    return _numbered(family_of(config.family).tensor_name(role), layer)
 
 
 def check_names(given: Iterable[str], expected: Iterable[str], what: str) -> None:
@@ -165,6 +167,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
         "h": config.hidden_size,
         "q": config.num_attention_heads * config.head_dim,
         "kv": config.num_kv_heads * config.head_dim,
+        "g": config.num_kv_heads,
         "d": config.head_dim,
         "f": config.ffn_hidden_size,
         "v": config.vocab_size,

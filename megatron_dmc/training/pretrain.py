@@ -176,7 +176,7 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: S
     if stage.learning_rate is not None:
         tables.append(stage.learning_rate.flags())
     if start.config is not None:
-        if not stage.borrows_channel:
+        if not stage.retrofits:
             refuse_for_stock(start.config)
         check_flags(argv, start.config)
         tables.append(model_flags(start.config))
