@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dmc.stages import RETROFIT, STAGES, find_stage
+from megatron_dmc.stages import ADAPTER, DMC, DMS, NEURON, RETROFIT, STAGES, Published, find_stage
 
 SCHEMA_VERSION = 2
 """Version of the settings as they are stored in checkpoints and exported models."""
@@ -20,9 +20,7 @@ SCHEMA_VERSION = 2
 SINCE_2 = ("method", "decision_source", "decided_by", "steps_per_unit", "train", "distill")
 """Settings that version 1 did not have. It knew one method, and their defaults say what it did."""
 
-DMC, DMS = "dmc", "dms"
 METHODS = (DMC, DMS)
-NEURON, ADAPTER = "neuron", "adapter"
 DECISION_SOURCES = (NEURON, ADAPTER)
 OWN, NEXT = "own", "next"
 DECIDED_BY = (OWN, NEXT)
@@ -182,6 +180,9 @@ class DMCConfig:
             _require(self.decided_by == OWN, "decided_by", self.decided_by, "own with dmc")
         else:
             _require(self.decisions_per == "head", "decisions_per", self.decisions_per, "head with dms")
+        if self.decision_source == ADAPTER:
+            fits = not find_stage(self.stage).only_fades
+            _require(fits, "stage", self.stage, "retrofit with an adapter: no channel is borrowed that could fade")
         if self.train == DECISIONS:
             _require(
                 self.decision_source == ADAPTER,
@@ -200,6 +201,17 @@ class DMCConfig:
     def borrows_channel(self) -> bool:
         """Whether the last channel of query and key heads is borrowed; otherwise the model is Megatron's own."""
         return find_stage(self.stage).borrows_channel
+
+    @property
+    def published(self) -> Published:
+        """How the authors of the method train this stage."""
+        return find_stage(self.stage).published.get((self.method, self.decision_source), Published())
+
+    def ramp_steps(self, stage_steps: int) -> float:
+        """Steps in which the ratio asked for rises in a stage of ``stage_steps``."""
+        if self.steps_per_unit is None:
+            return stage_steps
+        return max(1.0, self.steps_per_unit * (self.target_cr - 1.0))
 
     def to_dict(self) -> dict[str, Any]:
         """All settings and the schema version, ready for JSON."""

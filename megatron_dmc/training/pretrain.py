@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.megatron import refuse_for_stock
 from megatron_dmc.runs.completeness import Outcome, Status, read_outcome, write_outcome
 from megatron_dmc.seam import host
 from megatron_dmc.seam.processes import complete_environment
-from megatron_dmc.stages import Stage, find_stage
+from megatron_dmc.stages import find_stage
 from megatron_dmc.support.errors import InfrastructureError
 from megatron_dmc.training.arguments import (
     EXTENSION_FREE_FLAGS,
@@ -33,8 +34,9 @@ from megatron_dmc.training.lengthening import lengthening
 from megatron_dmc.training.loading import Confinement, confine, refuse_loading_flags
 from megatron_dmc.training.megatron_words import failure, keep_traceback, refused_flags
 from megatron_dmc.training.model_flags import check_flags, fixed_flags, model_flags
-from megatron_dmc.training.run_defaults import add_run_arguments, run_flags, short_stage
+from megatron_dmc.training.run_defaults import add_run_arguments, check_window, run_flags, short_stage
 from megatron_dmc.training.start import Start, find_start, saved_iteration
+from megatron_dmc.training.teacher_choice import check_flag, find_teacher
 
 if TYPE_CHECKING:
     from megatron_dmc.training.model.config import DMCModelConfig
@@ -49,6 +51,7 @@ class Run:
         argv: all flags for Megatron's parser.
         start: where the run starts.
         loading: what this process may load.
+        teacher_weights: directory of the iteration that a frozen teacher is loaded from, or None.
         save: directory of its checkpoints, or None.
         train_iters: length of the stage in steps; None where it is given in samples.
         stop_at_cr: ratio that ends the stage early, where one may.
@@ -57,6 +60,7 @@ class Run:
     argv: list[str]
     start: Start
     loading: Confinement
+    teacher_weights: str | None
     save: str | None
     train_iters: int | None
     stop_at_cr: float | None
@@ -78,10 +82,13 @@ def prepare(argv: list[str]) -> Run:
     settings = dmc_config_from_args(given)
     stage = find_stage(settings.stage)
     refuse_flags(argv, stage)
+    check_flag(settings, given.dmc_teacher)
     start = find_start(settings, given.save, given.pretrained_checkpoint)
+    teacher = find_teacher(settings, given.dmc_teacher or start.origin, start.config)
     _check_tokens(given, start.config)
+    check_window(settings, given, start.config)
     complete_environment()
-    argv = _complete(argv, given, start, stage)
+    argv = _complete(argv, given, start, settings)
     if host.needs_cpu():
         host.keep_memory()
         host.use_cpu()
@@ -89,7 +96,9 @@ def prepare(argv: list[str]) -> Run:
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
     stop_at_cr = settings.stop_at_cr if stage.raises_target else None
-    return Run(argv, start, confine(start.checkpoint), given.save, given.train_iters, stop_at_cr)
+    weights = None if teacher is None else str(teacher.location.directory)
+    loading = confine(start.checkpoint, teacher)
+    return Run(argv, start, loading, weights, given.save, given.train_iters, stop_at_cr)
 
 
 def train(argv: list[str], observer: Observer | None = None) -> Outcome:
@@ -169,14 +178,14 @@ def _check_tokens(given: argparse.Namespace, config: ModelConfig | None) -> None
             )
 
 
-def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: Stage) -> list[str]:
+def _complete(argv: list[str], given: argparse.Namespace, start: Start, settings: DMCConfig) -> list[str]:
     """``argv`` with what the model, this machine and the start of the run require; prints what it added."""
     tables: list[Mapping[str, str | None]] = [fixed_flags(), RUN_DEFAULTS]
-    tables += [run_flags(given, start.config, stage, os.environ), data_flags(given)]
-    if stage.learning_rate is not None:
-        tables.append(stage.learning_rate.flags())
+    tables += [run_flags(given, start.config, settings, os.environ), data_flags(given)]
+    if settings.published.learning_rate is not None:
+        tables.append(settings.published.learning_rate.flags())
     if start.config is not None:
-        if not stage.borrows_channel:
+        if not settings.borrows_channel:
             refuse_for_stock(start.config)
         check_flags(argv, start.config)
         tables.append(model_flags(start.config))
@@ -188,6 +197,9 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: S
         tables.append({"--load": given.save, "--tensorboard-dir": str(Path(given.save, "tensorboard"))})
     if start.resumes:
         argv = _without(argv, "--pretrained-checkpoint")
+    if settings.borrows_channel and start.origin is not None:
+        # Kept in every checkpoint of the retrofit: stages after this one find it there.
+        tables.append({"--dmc-teacher": start.origin})
     if given.dmc_first_sample is None:
         tables.append({"--dmc-first-sample": str(start.first_sample)})
     completed = with_defaults(argv, *tables)
@@ -196,7 +208,7 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: S
     if int(os.environ["RANK"]) == 0:
         added = completed[: len(completed) - len(argv)]
         print("flags set by megatron_dmc: " + " ".join(added), flush=True)
-        for remark in filter(None, (longer.remark, short_stage(stage, given.train_iters))):
+        for remark in filter(None, (longer.remark, short_stage(settings, given.train_iters))):
             print(remark, flush=True)
     return completed
 
@@ -223,7 +235,7 @@ def configure(run: Run) -> tuple[Any, DMCModelConfig]:
     sys.argv = [sys.argv[0], *run.argv]
     with refused_flags(add_dmc_arguments):
         args = parse_and_validate_args(extra_args_provider=add_dmc_arguments)
-        return args, dmc_model_config(args, start=run.start)
+        return args, dmc_model_config(args, start=run.start, teacher_weights=run.teacher_weights)
 
 
 def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:

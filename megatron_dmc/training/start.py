@@ -6,12 +6,13 @@ Megatron's own answers to a wrong path are training from random weights, or leav
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import ADAPTER, DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.runs.completeness import outcome_of
 from megatron_dmc.stages import OFF, find_stage
@@ -32,8 +33,11 @@ class Start:
         config: shape of the model; None when it is trained from scratch by Megatron's own flags.
         resumes: continues its own stage from ``--save``.
         clears_rows: the borrowed rows must become zero before the first step.
+        creates_adapters: the checkpoint has no adapters; they begin at zero.
         first_sample: where the stage starts in the training data; consumed samples of the checkpoint before it.
         checkpoint: what Megatron may load, after it was checked; None: nothing.
+        origin: directory of the plain checkpoint that the retrofit began with, the teacher if nobody names another;
+            None where that is not known.
         saved_arguments: of the run that is continued; empty for one that begins.
     """
 
@@ -41,7 +45,9 @@ class Start:
     resumes: bool
     clears_rows: bool = False
     first_sample: int = 0
+    creates_adapters: bool = False
     checkpoint: CheckedCheckpoint | None = None
+    origin: str | None = None
     saved_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -87,12 +93,19 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
     checkpoint, stored = _read(base)
     base_stage = find_stage(stored.dmc.stage) if stored.dmc else OFF
     stage = find_stage(settings.stage)
-    stage.check_base(base_stage, base)
+    stage.check_base(base_stage, base, settings.decision_source)
     if stored.dmc is not None:
         _check_finished(base, base_stage.name, saved, stored.args.get("train_iters"))
     consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage is not OFF else 0
-    clears_rows = stage.clears_rows(base_stage)
-    return Start(stored.config, False, clears_rows, first_sample=consumed, checkpoint=checkpoint)
+    return Start(
+        stored.config,
+        resumes=False,
+        clears_rows=stage.clears_rows(base_stage),
+        first_sample=consumed,
+        creates_adapters=settings.decision_source == ADAPTER and not base_stage.compresses,
+        checkpoint=checkpoint,
+        origin=os.path.realpath(base) if base_stage is OFF else stored.args.get("dmc_teacher"),
+    )
 
 
 def _check_finished(base: str, stage: str, iteration: int, train_iters: int | None) -> None:
@@ -137,5 +150,6 @@ def _resume(settings: DMCConfig, save: str) -> Start:
         resumes=True,
         first_sample=first_sample,
         checkpoint=checkpoint,
+        origin=stored.args.get("dmc_teacher"),
         saved_arguments=stored.args,
     )
