@@ -15,10 +15,11 @@ from torch import Tensor
 
 from megatron_dmc.checkpoint.guard import examine
 from megatron_dmc.checkpoint.source import MegatronSource
-from megatron_dmc.models.borrowed_channel import parts_without_borrowed_channels
+from megatron_dmc.models.borrowed_channel import borrowed_by, parts_without_borrowed_channels
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.megatron import gpt_keywords, is_stock, transformer_keywords
 from megatron_dmc.models.tensors import EMBEDDING, FINAL_NORM, LOCAL_SPEC_NAMES, OUTPUT_LAYER, Entry, entries
+from megatron_dmc.ops.borrowed import NO_HEAD
 from megatron_dmc.ops.rope import inverse_frequencies
 
 _LAYER_PREFIX = "decoder.layers.*."
@@ -44,7 +45,7 @@ class MegatronModel:
     def __init__(self, path: Path, clears_borrowed: bool) -> None:
         _start_single_process()
         self._source = MegatronSource(examine(path))
-        self._clears_borrowed = clears_borrowed
+        self._cleared = borrowed_by(self._source.dmc) if clears_borrowed else NO_HEAD
         config = self._source.config
         self.num_layers = config.num_layers
         self._config = TransformerConfig(**transformer_keywords(config), **WITHOUT_EXTENSIONS)
@@ -83,10 +84,10 @@ class MegatronModel:
         return next(entry for entry in self._entries if entry.row.megatron == megatron_name)
 
     def _fused(self, entry: Entry) -> Tensor:
-        if not self._clears_borrowed:
-            return self._source.fused(entry)
         source = self._source
-        parts = parts_without_borrowed_channels(entry, source.parts(entry), source.config)
+        if self._cleared == NO_HEAD:
+            return source.fused(entry)
+        parts = parts_without_borrowed_channels(entry, source.parts(entry), source.config, self._cleared)
         return entry.row.layout.fuse(parts, source.shape)
 
 

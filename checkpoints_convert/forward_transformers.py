@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import models as architectures
 
 from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
-from megatron_dmc.models.borrowed_channel import without_borrowed_channels
+from megatron_dmc.models.borrowed_channel import borrowed_by, without_borrowed_channels
 from megatron_dmc.models.families import family_of
 from megatron_dmc.models.hugging_face_settings import HARMLESS_SETTINGS
 from megatron_dmc.models.tensors import by_hf_name, hf_name
+from megatron_dmc.ops.borrowed import NO_HEAD
 
 # About the file rather than the model, or not of a plain model.
 _NOT_MODEL_SETTINGS = frozenset({"model_type", "architectures", "dmc", "sliding_window", "dtype", "torch_dtype"})
@@ -30,7 +31,7 @@ class TransformersModel:
 
     def __init__(self, directory: Path, clears_borrowed: bool, ignored_settings: Sequence[str] = ()) -> None:
         self._files = HuggingFaceDirectory(directory, ignored_settings)
-        self._clears_borrowed = clears_borrowed
+        self._cleared = borrowed_by(self._files.dmc) if clears_borrowed else NO_HEAD
         prefix = family_of(self._files.config.family).architecture.removesuffix("ForCausalLM")
         module = importlib.import_module(f"{architectures.__name__}.{prefix.lower()}.modeling_{prefix.lower()}")
         self._layer, self._norm = getattr(module, prefix + "DecoderLayer"), getattr(module, prefix + "RMSNorm")
@@ -53,8 +54,7 @@ class TransformersModel:
         for name, (entry, place) in by_hf_name(config).items():
             if entry.layer == index:
                 weight, role = self._read(name).float(), entry.row.parts[place].role
-                cleared = without_borrowed_channels(role, weight, config) if self._clears_borrowed else weight
-                weights[name.split(f".{index}.", 1)[1]] = cleared
+                weights[name.split(f".{index}.", 1)[1]] = without_borrowed_channels(role, weight, config, self._cleared)
         layer.load_state_dict(weights, assign=True)
         positions = torch.arange(hidden.shape[1])[None]
         return layer(

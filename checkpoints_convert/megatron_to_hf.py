@@ -13,7 +13,7 @@ from checkpoints_convert.options import DEFAULTS, Options
 from checkpoints_convert.plan import plan_lines
 from checkpoints_convert.verify import check_conversion
 from megatron_dmc.checkpoint.source import MegatronSource, Source, open_source
-from megatron_dmc.models.borrowed_channel import parts_without_borrowed_channels
+from megatron_dmc.models.borrowed_channel import borrowed_by, parts_without_borrowed_channels
 from megatron_dmc.models.tensors import Entry
 
 
@@ -82,11 +82,10 @@ class PlainLlama(Source):
     def __init__(self, model: Source) -> None:
         self.directory, self.companions, self.config, self.dmc = model.directory, model.companions, model.config, None
         self._model = model
-        self._clears = model.dmc is not None and model.dmc.borrows_channel
+        self._borrowed = borrowed_by(model.dmc)
 
     def parts(self, entry: Entry) -> list[Tensor]:
-        parts = self._model.parts(entry)
-        return parts_without_borrowed_channels(entry, parts, self.config) if self._clears else parts
+        return parts_without_borrowed_channels(entry, self._model.parts(entry), self.config, self._borrowed)
 
 
 def state_vocabulary(model: MegatronSource, vocab_size: int | None) -> None:

@@ -52,7 +52,7 @@ class MergedHeads(Source):
         old = model.config.num_kv_heads
         if num_kv_heads < 1 or old % num_kv_heads:
             raise ValueError(f"--num-kv-heads {num_kv_heads}: must divide the {old} KV heads of {model.directory}")
-        if model.dmc is not None and model.dmc.borrows_channel:
+        if model.dmc is not None and model.dmc.retrofits:
             raise ValueError(
                 f"{model.directory} is at DMC stage {model.dmc.stage}: merge the heads of the plain Llama, then "
                 "retrofit that"

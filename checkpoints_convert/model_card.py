@@ -46,7 +46,7 @@ def _shape(config: ModelConfig) -> str:
 
 def _plain(config: ModelConfig, facts: CardFacts) -> list[str]:
     trained = facts.trained
-    if trained is None or not trained.borrows_channel:
+    if trained is None or not trained.retrofits:
         return [f"A {config.family} model, exported from a Megatron-LM checkpoint."]
     return [
         f"A {config.family} model, exported from stage `{trained.stage}` of a retrofit with Dynamic Memory Compression "

@@ -22,7 +22,7 @@ from megatron_dmc.checkpoint.locate import locate
 from megatron_dmc.checkpoint.manifest import manifest_problems
 from megatron_dmc.checkpoint.source import Source, open_source
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.models.borrowed_channel import parts_without_borrowed_channels
+from megatron_dmc.models.borrowed_channel import borrowed_by, parts_without_borrowed_channels
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.tensors import Entry, entries
 from megatron_dmc.support.errors import CheckFailed, Refused
@@ -152,8 +152,8 @@ def _check_settings(first: Source, second: Source) -> tuple[bool, bool]:
 
 
 def _with_effect(dmc: DMCConfig | None) -> DMCConfig | None:
-    """Settings of a stage that borrows channels."""
-    return None if dmc is None or not dmc.borrows_channel else dmc
+    """Settings of a stage of the retrofit."""
+    return None if dmc is None or not dmc.retrofits else dmc
 
 
 def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> Verification:
@@ -174,7 +174,7 @@ def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> 
 
 def _parts(source: Source, entry: Entry, clear: bool) -> list[Tensor]:
     parts = source.parts(entry)
-    return parts_without_borrowed_channels(entry, parts, source.config) if clear else parts
+    return parts_without_borrowed_channels(entry, parts, source.config, borrowed_by(source.dmc)) if clear else parts
 
 
 def _unequal(one: Tensor, other: Tensor) -> int:

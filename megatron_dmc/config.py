@@ -179,10 +179,9 @@ class DMCConfig:
             _require(self.decision_source == NEURON, "decision_source", self.decision_source, "neuron with dmc")
             _require(self.decided_by == OWN, "decided_by", self.decided_by, "own with dmc")
         else:
+            if self.decision_source == ADAPTER and find_stage(self.stage).frees_channel:
+                _require(False, "stage", self.stage, "retrofit with an adapter, for which no channel has to be freed")
             _require(self.decisions_per == "head", "decisions_per", self.decisions_per, "head with dms")
-        if self.decision_source == ADAPTER:
-            fits = not find_stage(self.stage).only_fades
-            _require(fits, "stage", self.stage, "retrofit with an adapter: no channel is borrowed that could fade")
         if self.train == DECISIONS:
             _require(
                 self.decision_source == ADAPTER,
@@ -198,9 +197,14 @@ class DMCConfig:
         return find_stage(self.stage).compresses
 
     @property
+    def retrofits(self) -> bool:
+        """Whether the stage belongs to the retrofit; otherwise the model is Megatron's own."""
+        return find_stage(self.stage).retrofits
+
+    @property
     def borrows_channel(self) -> bool:
-        """Whether the last channel of query and key heads is borrowed; otherwise the model is Megatron's own."""
-        return find_stage(self.stage).borrows_channel
+        """Whether decisions are read from channels of heads that attention has lent (or is about to lend)."""
+        return self.retrofits and self.decision_source == NEURON
 
     @property
     def published(self) -> Published:

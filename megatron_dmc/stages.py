@@ -101,18 +101,17 @@ class Stage:
     Attributes:
         name: of the flag ``--dmc-stage``, in checkpoints and in directories.
         follows: names of the stages whose checkpoint it may start from.
-        borrows_channel: the last channel of query and key heads is not attention's alone; without it the stage builds
-            Megatron's own model and nothing of ours.
+        retrofits: it is part of a retrofit; without it the stage builds Megatron's own model and nothing of ours.
         compresses: decisions are taken and the cache shrinks.
         raises_target: the ratio asked for rises during the stage, which may therefore end early at a ratio.
         target_cr: (step, steps in which the ratio rises, final ratio) -> compression ratio that the loss asks for.
-        neuron_scale: (step, length of the stage, ``zero_out_fraction``) -> factor of the borrowed channel.
+        neuron_scale: (step, length of the stage, ``zero_out_fraction``) -> factor of the borrowed channels.
         published: (method, source of its decisions) -> how its authors train the stage.
     """
 
     name: str
     follows: tuple[str, ...]
-    borrows_channel: bool = True
+    retrofits: bool = True
     compresses: bool = False
     raises_target: bool = False
     target_cr: Callable[[int, int, float], float] = no_compression
@@ -120,38 +119,32 @@ class Stage:
     published: Mapping[tuple[str, str], Published] = field(default_factory=dict)
 
     @property
-    def only_fades(self) -> bool:
-        """Whether all that it does is to take a channel from attention: nothing where none is borrowed."""
-        return self.borrows_channel and not self.compresses
+    def frees_channel(self) -> bool:
+        """Whether it prepares a channel for decisions, which none needs that borrows nothing."""
+        return self.retrofits and not self.compresses
 
-    def predecessors(self, source: str = NEURON) -> tuple[str, ...]:
-        """Names of the stages that it may start from; an adapter needs no channel, and what only fades is left out."""
-        if source == NEURON:
+    def starts_from(self, borrows_channel: bool = True) -> tuple[str, ...]:
+        """``follows``, where nothing is borrowed without the stages that free a channel."""
+        if borrows_channel:
             return self.follows
-        before = (find_stage(name) for name in self.follows)
-        return tuple(name for stage in before for name in (stage.follows if stage.only_fades else (stage.name,)))
+        before = [find_stage(name) for name in self.follows]
+        return tuple(name for stage in before for name in (stage.follows if stage.frees_channel else (stage.name,)))
 
-    def check_base(self, base: Stage, path: str, source: str = NEURON) -> None:
-        """Raise ``ValueError`` when this stage cannot start from ``path``, a checkpoint of ``base``.
-
-        Args:
-            base: stage of the checkpoint.
-            path: for the message.
-            source: of the decisions.
-        """
-        before = self.predecessors(source)
-        if base.name not in before:
+    def check_base(self, base: Stage, path: str, borrows_channel: bool = True) -> None:
+        """Raise ``ValueError`` when this stage cannot start from ``path``, a checkpoint of ``base``."""
+        allowed = self.starts_from(borrows_channel)
+        if base.name not in allowed:
             raise ValueError(
                 f"--dmc-stage {self.name} was started from {path}, a checkpoint of stage {base.name}: it starts from "
-                f"{' or '.join(before)}; run the stages in the order {', '.join(retrofit_order(source))}"
+                f"{' or '.join(allowed)}; run the stages in the order {', '.join(retrofit_order(borrows_channel))}"
             )
 
     def clears_rows(self, base: Stage) -> bool:
         """Whether starting from ``base`` must first zero the rows of the borrowed channels: decisions begin here."""
-        return self.compresses and base.only_fades
+        return self.compresses and base.frees_channel
 
 
-OFF = Stage("off", follows=("off",), borrows_channel=False, neuron_scale=whole_neuron)
+OFF = Stage("off", follows=("off",), retrofits=False, neuron_scale=whole_neuron)
 """Megatron's own model: a plain Llama, and the control."""
 ZERO_OUT = Stage(
     "zero_out",
@@ -203,7 +196,8 @@ def find_stage(name: str) -> Stage:
     return STAGES[name]
 
 
-def retrofit_order(source: str = NEURON) -> tuple[str, ...]:
+def retrofit_order(borrows_channel: bool = True) -> tuple[str, ...]:
     """Names of the stages that turn a plain Llama into a compressed one, in their order."""
-    ours = (stage for stage in STAGES.values() if stage.borrows_channel)
-    return tuple(stage.name for stage in ours if source == NEURON or not stage.only_fades)
+    return tuple(
+        name for name, stage in STAGES.items() if stage.retrofits and (borrows_channel or not stage.frees_channel)
+    )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dmc.config import BF16_IMPORTANCE_EPSILON, DMCConfig
-from megatron_dmc.methods import dmc
+from megatron_dmc.methods import dmc, dms
 from megatron_dmc.ops import decisions, kv_pooling, masked_attention
 from megatron_dmc.ops.cache_update.reference import decode
 from megatron_dmc.ops.compressed_attention import Weights
@@ -99,7 +99,7 @@ def decode_steps(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
 
 
 def evicting_attention(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
-    """``dms_*``: attention whose far keys are biased, soft with gradients and hard."""
+    """``dms_*``: attention whose far keys are biased, soft with gradients and hard, and DMS as a whole."""
     paths: Paths = {}
     attend_by = {"reference": plain_masked_attention.masked_attention, "fast": masked_attention.masked_attention}
     for path, attend in attend_by.items():
@@ -115,7 +115,24 @@ def evicting_attention(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
         soft, hard = outputs
         found = _gradients(soft, inputs, tensors["grad_output"])
         paths[path] = {"soft_output": soft, "hard_output": hard, **found}
-    return paths
+    return paths | {"method": _whole_dms(tensors, int(settings["window"]))}
+
+
+def _whole_dms(tensors: Tensors, window: int) -> dict[str, Tensor]:
+    """The same by the method, without RoPE (all angles are 0); the adapter's output is scaled so as to give the logits."""
+    config = DMCConfig(
+        "dms", window_size=window, decision_source="adapter", decided_by="next", temperature=1.0, decision_bias=0.0
+    )
+    inputs = _differentiable(tensors, ("query", "key", "value", "decision_logits"))
+    q, k, v = (inputs[name].permute(2, 0, 1, 3) for name in ("query", "key", "value"))
+    logits = inputs["decision_logits"].permute(2, 0, 1)
+    geometry = Geometry(len(k), k.shape[1], torch.zeros(k.shape[-1] // 2))
+    adapter, no_noise = logits / decisions.ADAPTER_SCALE, torch.zeros_like(logits)
+    soft, hard = (
+        dms.DMS(config).whole(q, k, v, geometry, adapter_SBG=adapter, noise=noise).output.permute(1, 2, 0, 3)
+        for noise in (lambda heads: no_noise, None)
+    )
+    return {"soft_output": soft, "hard_output": hard, **_gradients(soft, inputs, tensors["grad_output"])}
 
 
 FAMILIES: dict[str, Callable[[Tensors, Mapping[str, str]], Paths]] = {

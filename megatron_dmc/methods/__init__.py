@@ -11,10 +11,15 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.methods.base import Method
 from megatron_dmc.methods.dense import Dense
 from megatron_dmc.methods.dmc import DMC
+from megatron_dmc.methods.dms import DMS
 from megatron_dmc.methods.h2o import H2O
 from megatron_dmc.methods.tova import TOVA
+from megatron_dmc.models.borrowed_channel import borrowed_by
 
-__all__ = ["DMC", "H2O", "POLICIES", "TOVA", "Dense", "Method", "method_of", "policy"]
+__all__ = ["DMC", "DMS", "H2O", "POLICIES", "TOVA", "Dense", "Method", "method_of", "policy"]
+
+LEARNED: dict[str, Callable[[DMCConfig], Method]] = {kind.name: kind for kind in (DMC, DMS)}
+"""Setting ``method`` -> the method of a model that was retrofitted."""
 
 POLICIES: dict[str, Callable[[int], Method]] = {kind.name: kind for kind in (H2O, TOVA)}
 """Name -> the policy for a budget of entries per head. A new one is one more class here."""
@@ -27,9 +32,11 @@ def method_of(settings: DMCConfig | None, neuron_scale: float = 0.0) -> Method:
         settings: of the model; None: it was never retrofitted.
         neuron_scale: of the borrowed channels while ``zero_out`` trains; they have faded at its end.
     """
-    if settings is None or not settings.borrows_channel:
+    if settings is None or not settings.retrofits:
         return Dense()
-    return DMC(settings) if settings.compresses else Dense(neuron_scale)
+    if not settings.compresses:
+        return Dense(neuron_scale, borrowed_by(settings))
+    return LEARNED[settings.method](settings)
 
 
 def policy(name: str, budget: int) -> Method:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_dmc.methods.decisions import Decisions, NoiseSource
 from megatron_dmc.methods.step import ALONE, Ranks, Step, Tokens
+from megatron_dmc.ops.borrowed import EVERY_HEAD, Borrowed
 from megatron_dmc.ops.cache_update import Logits, Merging
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.masked_attention.merged import attend as attend_pieces
@@ -29,7 +30,7 @@ from megatron_dmc.ops.masked_attention.merged import merge
 from megatron_dmc.ops.masked_attention.piecewise import plan_attention
 from megatron_dmc.ops.paged_attention import DecodePlan, paged_attention, paged_attention_to_chunks
 from megatron_dmc.ops.paged_kv import PagedKV
-from megatron_dmc.ops.rope import rotate
+from megatron_dmc.ops.rotated import rotated_keys, rotated_queries
 
 State = Mapping[str, Tensor]
 """What a method keeps for every head, by the names of :meth:`Method.state`: [B, G, ...]."""
@@ -91,7 +92,8 @@ class Method(ABC):
 
     Attributes:
         name: as users know it.
-        neuron_scale: factor of the borrowed channel before and after RoPE; 1 where none is borrowed.
+        neuron_scale: factor of the borrowed channels before and after RoPE; 1 where none is borrowed.
+        borrowed: the heads that lend a channel.
         compresses: whether the cache can become shorter than the text.
         has_whole_form: whether :meth:`whole` exists; evaluation and training at once need it.
         exact_recompute: whether reading a text again gives the cache that decoding it gave.
@@ -104,6 +106,7 @@ class Method(ABC):
 
     name: str
     neuron_scale: float = 1.0
+    borrowed: Borrowed = EVERY_HEAD
     compresses: bool = True
     has_whole_form: bool = False
     exact_recompute: bool = False
@@ -176,6 +179,7 @@ class Method(ABC):
         v_SBGD: Tensor,
         geometry: Geometry,
         *,
+        adapter_SBG: Tensor | None = None,
         noise: NoiseSource | None = None,
         ranks: Ranks = ALONE,
     ) -> Whole:
@@ -185,6 +189,8 @@ class Method(ABC):
             q_TBND: queries of this rank.
             k_SBGD, v_SBGD: keys and values; ``ranks.whole_sequence`` makes them those of the whole sequence.
             geometry: positions of queries and keys.
+            adapter_SBG: what the adapter of a model makes of the hidden states at the positions of the queries, before
+                any factor or offset; None for a model without one.
             noise: given, the relaxation that trains; None takes hard decisions.
             ranks: how the layer is spread.
 
@@ -195,9 +201,10 @@ class Method(ABC):
 
     def rotated_queries(self, tokens: Tokens) -> Tensor:
         """[T, N, D] at the positions of the tokens."""
-        return self.rotated(tokens.q_TND, tokens.step, tokens.q_TND.dtype)
+        q_T1ND, num_kv_heads = tokens.q_TND.unsqueeze(1), tokens.k_TGD.shape[1]
+        geometry = tokens.step.geometry
+        return rotated_queries(q_T1ND, num_kv_heads, geometry, self.neuron_scale, self.borrowed).squeeze(1)
 
-    def rotated(self, x_THD: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
-        """RoPE at the positions of the new tokens, as ``dtype``."""
-        rotation, _ = step.geometry.rotations(self.neuron_scale, x_THD.dtype)
-        return rotate(x_THD.unsqueeze(1), rotation, dtype).squeeze(1)
+    def rotated_keys(self, k_TGD: Tensor, step: Step) -> Tensor:
+        """[T, G, D] at the positions of the new tokens."""
+        return rotated_keys(k_TGD.unsqueeze(1), step.geometry, self.neuron_scale, self.borrowed).squeeze(1)

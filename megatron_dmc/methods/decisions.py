@@ -23,13 +23,14 @@ class Decisions(NamedTuple):
     taken: Tensor
     """bool: what the logits (with noise, in training) say."""
     hard: Tensor
-    """bool: ``taken``, but False where a sequence or document begins."""
+    """bool: ``taken``, but False where it has no effect: on the first token of a sequence or document in DMC, by it in
+    DMS where tokens decide about the one before them."""
     alpha: Tensor
     """``hard`` as numbers, or their relaxation in training, which carries the gradient."""
-    omega: Tensor
-    """Positive importances."""
     own_bias: Tensor
-    """log(1 - alpha): what the decision of a position adds to the score of the key before it, for all later queries."""
+    """log(1 - alpha): what the decision of a position adds to the score of the key that it is about."""
+    omega: Tensor | None = None
+    """Positive importances, in DMC."""
     relaxed: Tensor | None = None
     """The relaxation of ``taken``; None where decisions are hard."""
     noise: Tensor | None = None
@@ -37,15 +38,15 @@ class Decisions(NamedTuple):
 
     @property
     def key_bias(self) -> Tensor:
-        """Score bias of each key for the queries after it: that of the next position; nothing comes after the last."""
+        """Score bias of each key, where the next position decides about it; nothing comes after the last."""
         return torch.cat((self.own_bias[1:], torch.zeros_like(self.own_bias[:1])))
 
     def fraction(self, position_L: Tensor | None = None) -> Tensor:
         """The statistic of the compression loss ([DMC] eq. 11): share of positions, all or those given, [B, G].
 
         The value is that of the hard decisions, the gradient that of the relaxed ones (straight through). Every
-        position counts with the decision its logit takes, the first of a sequence too, although it appends whatever
-        its logit says: so does the authors' code.
+        position counts with the decision its logit takes, the first of a sequence too, where that may have no effect:
+        so does the authors' code of either method.
         """
         hard = self.taken.to(self.logits.dtype)
         if position_L is not None:

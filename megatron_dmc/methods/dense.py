@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_dmc.methods.base import ALONE, Method, Ranks, State, Update, Whole
 from megatron_dmc.methods.decisions import NoiseSource
 from megatron_dmc.methods.step import Tokens
+from megatron_dmc.ops.borrowed import EVERY_HEAD, Borrowed
 from megatron_dmc.ops.compressed_attention import faded_attention
 from megatron_dmc.ops.geometry import Geometry
 
@@ -21,7 +22,8 @@ class Dense(Method):
     """Plain causal attention.
 
     Args:
-        neuron_scale: factor of the last channel of queries and keys; 1 is Llama, 0 the end of ``zero_out``.
+        neuron_scale: factor of the borrowed channels; 1 is Llama, 0 the end of ``zero_out``.
+        borrowed: the heads that lend a channel.
     """
 
     name = "dense"
@@ -29,15 +31,15 @@ class Dense(Method):
     has_whole_form = True
     exact_recompute = True
     only_newest_changes = True
-    updates_in_place = True
 
-    def __init__(self, neuron_scale: float = 1.0) -> None:
-        self.neuron_scale = neuron_scale
+    def __init__(self, neuron_scale: float = 1.0, borrowed: Borrowed = EVERY_HEAD) -> None:
+        self.neuron_scale, self.borrowed = neuron_scale, borrowed
+        self.updates_in_place = borrowed == EVERY_HEAD
 
     def absorb(self, tokens: Tokens, state: State, length_BG: Tensor) -> Update:
         """Every token appends."""
         step = tokens.step
-        k_TGD = self.rotated(tokens.k_TGD, step, tokens.k_TGD.dtype)
+        k_TGD = self.rotated_keys(tokens.k_TGD, step)
         if step.decodes:
             return Update(k_TGD, tokens.v_TGD, length_BG, state={})
         entry_TG = length_BG[step.sequence_T] + step.offset_T.unsqueeze(-1)
@@ -50,9 +52,10 @@ class Dense(Method):
         v_SBGD: Tensor,
         geometry: Geometry,
         *,
+        adapter_SBG: Tensor | None = None,
         noise: NoiseSource | None = None,
         ranks: Ranks = ALONE,
     ) -> Whole:
         """See :meth:`Method.whole`; nothing is decided."""
         k_SBGD, v_SBGD = ranks.whole_sequence(k_SBGD), ranks.whole_sequence(v_SBGD)
-        return Whole(faded_attention(q_TBND, k_SBGD, v_SBGD, self.neuron_scale, geometry), None)
+        return Whole(faded_attention(q_TBND, k_SBGD, v_SBGD, self.neuron_scale, geometry, self.borrowed), None)

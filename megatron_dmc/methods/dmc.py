@@ -82,7 +82,7 @@ def decide(
         alpha = relaxed.masked_fill(first, 0.0)
         own_bias = F.logsigmoid(-logits).masked_fill(first, 0.0)
     omega = decisions.importance(importance_logits, settings.importance_epsilon)
-    return Decisions(decision_logits, taken, hard, alpha, omega, own_bias, relaxed, noise)
+    return Decisions(decision_logits, taken, hard, alpha, own_bias, omega, relaxed, noise)
 
 
 class DMC(Method):
@@ -114,6 +114,7 @@ class DMC(Method):
         step, k_TGD, v_TGD = tokens.step, tokens.k_TGD, tokens.v_TGD
         logits = read_logits(tokens.q_TND, k_TGD, self.settings, step.ranks)
         decided = decide(*logits, step.first_T, self.settings).of_heads(k_TGD.shape[1])
+        assert decided.omega is not None
         if step.decodes:
             segment, k_mean, v_mean = cache_update.update_segments(
                 state[SEGMENT], k_TGD, v_TGD, decided.hard, decided.omega, step.position_T
@@ -131,7 +132,7 @@ class DMC(Method):
                 self.settings.window_size,
             )
             entry_TG = cache_update.entry_places(decided.hard, step.counts, length_BG)
-        k_entry = self.rotated(k_mean, step, k_TGD.dtype)
+        k_entry = self.rotated_keys(k_mean, step).to(k_TGD.dtype)
         return Update(k_entry, v_mean.to(v_TGD.dtype), entry_TG, {SEGMENT: segment}, decided)
 
     def expected_entries(self, num_tokens: int) -> float:
@@ -164,6 +165,7 @@ class DMC(Method):
         v_SBGD: Tensor,
         geometry: Geometry,
         *,
+        adapter_SBG: Tensor | None = None,
         noise: NoiseSource | None = None,
         ranks: Ranks = ALONE,
     ) -> Whole:
@@ -173,6 +175,7 @@ class DMC(Method):
         noise_SBG = None if noise is None else noise(logits_SBG[0].shape[-1])
         decided = decide(logits_SBG[0], logits_SBG[1], geometry.first_SB, self.settings, noise_SBG)
         every_head = decided.of_heads(k_SBGD.shape[2])
+        assert every_head.omega is not None
         weights = Weights(every_head.alpha, every_head.omega, every_head.key_bias)
         output = compressed_attention(q_TBND, k_SBGD, v_SBGD, weights, geometry, window_size=self.settings.window_size)
         return Whole(output, decided)

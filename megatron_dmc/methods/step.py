@@ -126,3 +126,5 @@ class Tokens(NamedTuple):
     k_TGD: Tensor
     v_TGD: Tensor
     step: Step
+    adapter_TG: Tensor | None = None
+    """Output of the model's adapter, before any factor or offset; None for a model without one."""

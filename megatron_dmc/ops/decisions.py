@@ -1,7 +1,9 @@
-"""Learned decisions of DMC, read from the borrowed channel: the same code in training, evaluation and decoding.
+"""Learned decisions, read from borrowed channels or an adapter: the same code in training, evaluation and decoding.
 
-The last channel of a key before RoPE carries the decision logit, the last channel of a query the importance
-logit ([DMC] arXiv 2403.09636, section 3.1). Logits are float32 whatever the dtype of the model (float64 stays).
+DMC: the last channel of a key before RoPE carries the decision logit, the last channel of a query the importance
+logit ([DMC] arXiv 2403.09636, section 3.1). DMS: the last channel of the first query head of each KV head carries the
+decision logit, or an adapter makes it from the hidden state ([DMS] arXiv 2506.05345, section 3, and its code). Logits
+are float32 whatever the dtype of the model (float64 stays).
 
 Shapes: S sequence, B batch, N query heads, G KV heads, D head dim.
 """
@@ -13,10 +15,24 @@ from torch import Tensor
 
 from megatron_dmc.ops.precision import accumulation_dtype
 
+ADAPTER_SCALE = 100.0
+"""Factor of an adapter's output (code of [DMS]): its weights start at zero and move little at a small learning rate."""
+
 
 def decision_logits(k_SBGD: Tensor, decision_bias: float) -> Tensor:
     """Decision logits [S, B, G] from keys before RoPE: positive accumulates, else append."""
     return k_SBGD[..., -1].to(accumulation_dtype(k_SBGD.dtype)) - decision_bias
+
+
+def first_query_logits(q_SBND: Tensor, num_kv_heads: int, decision_bias: float) -> Tensor:
+    """Decision logits [S, B, G] from queries before RoPE: positive evicts, else keep."""
+    channel = q_SBND[..., -1].unflatten(-1, (num_kv_heads, -1))[..., 0]
+    return channel.to(accumulation_dtype(q_SBND.dtype)) - decision_bias
+
+
+def adapter_logits(adapter_SBG: Tensor, decision_bias: float) -> Tensor:
+    """Decision logits [S, B, G] from the output of an adapter: positive evicts, else keep."""
+    return ADAPTER_SCALE * adapter_SBG.to(accumulation_dtype(adapter_SBG.dtype)) - decision_bias
 
 
 def importance_logits(q_SBND: Tensor, num_kv_heads: int, decision_bias: float) -> Tensor:
@@ -36,5 +52,5 @@ def relaxed_logits(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
 
 
 def hard_decisions(logits: Tensor, threshold: float) -> Tensor:
-    """True where the token accumulates into the newest entry, False where it appends."""
+    """True where a token accumulates (DMC) or is evicted (DMS), False where one appends or is kept."""
     return logits > threshold

@@ -77,7 +77,7 @@ REFUSED_FLAGS_PLAIN: dict[str, str] = {
 def refuse_flags(argv: list[str], stage: Stage) -> None:
     """Raise ``ValueError`` for a flag that the model of a stage cannot serve."""
     given = f" {' '.join(argv)} ".replace("=", " ")
-    for flag, remedy in (REFUSED_FLAGS if stage.borrows_channel else REFUSED_FLAGS_PLAIN).items():
+    for flag, remedy in (REFUSED_FLAGS if stage.retrofits else REFUSED_FLAGS_PLAIN).items():
         if f" {flag} " in given:
             raise ValueError(f"{flag}: not supported with --dmc-stage {stage.name}; {remedy}")
 

@@ -40,7 +40,7 @@ def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = Fa
     batch = _next_batch(data_iterator, vp_stage, model.training)
     tokens, labels, mask = batch["tokens"], batch["labels"], batch["loss_mask"]
     config = get_attr_wrapped_model(model, "config")
-    if not config.dmc.borrows_channel:
+    if not config.dmc.retrofits:
         output = model(tokens, batch["position_ids"], None, labels=labels, loss_mask=mask)
         return output, functools.partial(_loss, mask, None, config)
     microbatch = _microbatch(model, config, batch)

@@ -185,7 +185,7 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start, settings
     if settings.published.learning_rate is not None:
         tables.append(settings.published.learning_rate.flags())
     if start.config is not None:
-        if not settings.borrows_channel:
+        if not settings.retrofits:
             refuse_for_stock(start.config)
         check_flags(argv, start.config)
         tables.append(model_flags(start.config))
@@ -197,7 +197,7 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start, settings
         tables.append({"--load": given.save, "--tensorboard-dir": str(Path(given.save, "tensorboard"))})
     if start.resumes:
         argv = _without(argv, "--pretrained-checkpoint")
-    if settings.borrows_channel and start.origin is not None:
+    if settings.retrofits and start.origin is not None:
         # Kept in every checkpoint of the retrofit: stages after this one find it there.
         tables.append({"--dmc-teacher": start.origin})
     if given.dmc_first_sample is None:

@@ -78,7 +78,7 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
     if saved_iteration(save) is not None:
         return _resume(settings, str(save))
     if base is None:
-        if settings.borrows_channel:
+        if settings.retrofits:
             raise ValueError(
                 f"--dmc-stage {settings.stage} needs trained weights: give --pretrained-checkpoint DIR, a checkpoint "
                 "made by `megatron-dmc convert import` or by the previous stage"
@@ -93,7 +93,7 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
     checkpoint, stored = _read(base)
     base_stage = find_stage(stored.dmc.stage) if stored.dmc else OFF
     stage = find_stage(settings.stage)
-    stage.check_base(base_stage, base, settings.decision_source)
+    stage.check_base(base_stage, base, settings.borrows_channel)
     if stored.dmc is not None:
         _check_finished(base, base_stage.name, saved, stored.args.get("train_iters"))
     consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage is not OFF else 0

@@ -29,7 +29,7 @@ def check_flag(settings: DMCConfig, given: str | None) -> None:
 
 def needs_frozen(settings: DMCConfig) -> bool:
     """Whether a copy of the model before its retrofit must be kept; adapters alone change nothing else."""
-    return settings.borrows_channel and settings.distill != NONE and settings.train != DECISIONS
+    return settings.retrofits and settings.distill != NONE and settings.train != DECISIONS
 
 
 def find_teacher(settings: DMCConfig, directory: str | None, student: ModelConfig | None) -> CheckedCheckpoint | None:
@@ -56,11 +56,9 @@ def find_teacher(settings: DMCConfig, directory: str | None, student: ModelConfi
 
     checkpoint = examine(directory)
     if checkpoint.location.format != TORCH_DIST:
-        raise ValueError(
-            f"{FLAG} {directory}: no torch_dist checkpoint; convert it first (megatron-dmc convert import)"
-        )
+        raise ValueError(f"{FLAG} {directory}: no torch_dist checkpoint; make one with megatron-dmc convert import")
     saved = read_saved_arguments(Path(directory))
-    if saved.dmc is not None and saved.dmc.borrows_channel:
+    if saved.dmc is not None and saved.dmc.retrofits:
         raise ValueError(f"{FLAG} {directory}: of stage {saved.dmc.stage}; a teacher is a plain checkpoint (stage off)")
     if student is not None:
         _check_shape(directory, saved.config, student)

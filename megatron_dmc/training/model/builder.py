@@ -27,7 +27,7 @@ class DMCModelBuilder(GPTModelBuilder):
         """
         model_config = self._model_config
         transformer = model_config.transformer
-        if not transformer.dmc.borrows_channel:
+        if not transformer.dmc.retrofits:
             return super().build_model(*args, **kwargs)
         check_model_config(model_config)
         transformer.experimental_attention_variant_loss_scale_func = transformer.dmc_gradient_scale.set

@@ -46,9 +46,8 @@ class _Divergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         top_2R = torch.stack([student_RV.amax(dim=-1), teacher_RV.amax(dim=-1)]).float()
         _all_reduce(top_2R, group, torch.distributed.ReduceOp.MAX)
-        sums_4R = torch.stack(
-            [*_sums(student_RV, teacher_RV, top_2R, reverse), _at(label_R, student_RV, top_2R, group)]
-        )
+        label_logit_R = _at(label_R, student_RV, top_2R, group)
+        sums_4R = torch.stack([*_sums(student_RV, teacher_RV, top_2R, reverse), label_logit_R])
         _all_reduce(sums_4R, group, torch.distributed.ReduceOp.SUM)
         student_R, teacher_R, weighted_R, label_logit_R = sums_4R
         log_student_R, log_teacher_R = student_R.log(), teacher_R.log()

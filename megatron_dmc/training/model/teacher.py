@@ -5,7 +5,8 @@ graph, then the student's; what it sends on holds the rows of both. So whatever 
 the teacher, and only logits of the same ranks are compared.
 
 Where adapters alone learn, the teacher is the student with eviction off, and nothing is kept twice. Otherwise it is a
-frozen copy of the model that the retrofit began with, outside of the student's modules: nobody trains, wraps or saves it.
+frozen copy of the model that the retrofit began with, outside of the student's modules: nobody trains, wraps or saves
+it.
 
 Legend: S sequence (local), B batch, H hidden, V vocabulary of this rank.
 """
