@@ -12,13 +12,12 @@ from megatron_dmc.training.model.config import DMCModelConfig, DMCTransformerCon
 from megatron_dmc.training.start import Start
 
 
-def dmc_model_config(args: Any, *, start: Start, teacher_weights: str | None = None) -> DMCModelConfig:
+def dmc_model_config(args: Any, *, start: Start) -> DMCModelConfig:
     """The configuration that names our builder.
 
     Args:
         args: Megatron's parsed arguments with ``--dmc-*``.
         start: where the run starts; sets the position in the training data as well.
-        teacher_weights: directory of the iteration that a frozen teacher is loaded from.
 
     Raises:
         ValueError: a setting outside its range.
@@ -27,7 +26,7 @@ def dmc_model_config(args: Any, *, start: Start, teacher_weights: str | None = N
     transformer.dmc = dmc_config_from_args(args)
     transformer.dmc_clear_borrowed_rows = start.clears_rows
     transformer.dmc_creates_adapters = start.creates_adapters
-    transformer.dmc_teacher_weights = teacher_weights
+    transformer.dmc_teacher_weights = None if start.teacher is None else str(start.teacher.location.directory)
     transformer.dmc_vocab_size = args.vocab_size
     transformer.rope_theta = float(args.rotary_base)
     transformer.rope_stretch = scaling_from_arguments(vars(args))

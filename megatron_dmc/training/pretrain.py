@@ -36,7 +36,7 @@ from megatron_dmc.training.megatron_words import failure, keep_traceback, refuse
 from megatron_dmc.training.model_flags import check_flags, fixed_flags, model_flags
 from megatron_dmc.training.run_defaults import add_run_arguments, check_window, run_flags, short_stage
 from megatron_dmc.training.start import Start, find_start, saved_iteration
-from megatron_dmc.training.teacher_choice import check_flag, find_teacher
+from megatron_dmc.training.teacher_choice import with_teacher
 
 if TYPE_CHECKING:
     from megatron_dmc.training.model.config import DMCModelConfig
@@ -51,7 +51,6 @@ class Run:
         argv: all flags for Megatron's parser.
         start: where the run starts.
         loading: what this process may load.
-        teacher_weights: directory of the iteration that a frozen teacher is loaded from, or None.
         save: directory of its checkpoints, or None.
         train_iters: length of the stage in steps; None where it is given in samples.
         stop_at_cr: ratio that ends the stage early, where one may.
@@ -60,7 +59,6 @@ class Run:
     argv: list[str]
     start: Start
     loading: Confinement
-    teacher_weights: str | None
     save: str | None
     train_iters: int | None
     stop_at_cr: float | None
@@ -82,9 +80,7 @@ def prepare(argv: list[str]) -> Run:
     settings = dmc_config_from_args(given)
     stage = find_stage(settings.stage)
     refuse_flags(argv, stage)
-    check_flag(settings, given.dmc_teacher)
-    start = find_start(settings, given.save, given.pretrained_checkpoint)
-    teacher = find_teacher(settings, given.dmc_teacher or start.origin, start.config)
+    start = with_teacher(find_start(settings, given.save, given.pretrained_checkpoint), settings, given.dmc_teacher)
     _check_tokens(given, start.config)
     check_window(settings, given, start.config)
     complete_environment()
@@ -96,9 +92,7 @@ def prepare(argv: list[str]) -> Run:
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
     stop_at_cr = settings.stop_at_cr if stage.raises_target else None
-    weights = None if teacher is None else str(teacher.location.directory)
-    loading = confine(start.checkpoint, teacher)
-    return Run(argv, start, loading, weights, given.save, given.train_iters, stop_at_cr)
+    return Run(argv, start, confine(start.checkpoint, start.teacher), given.save, given.train_iters, stop_at_cr)
 
 
 def train(argv: list[str], observer: Observer | None = None) -> Outcome:
@@ -235,7 +229,7 @@ def configure(run: Run) -> tuple[Any, DMCModelConfig]:
     sys.argv = [sys.argv[0], *run.argv]
     with refused_flags(add_dmc_arguments):
         args = parse_and_validate_args(extra_args_provider=add_dmc_arguments)
-        return args, dmc_model_config(args, start=run.start, teacher_weights=run.teacher_weights)
+        return args, dmc_model_config(args, start=run.start)
 
 
 def _run_engine(run: Run, saved: int, observer: Observer | None) -> Outcome:

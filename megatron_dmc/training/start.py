@@ -38,6 +38,7 @@ class Start:
         checkpoint: what Megatron may load, after it was checked; None: nothing.
         origin: directory of the plain checkpoint that the retrofit began with, the teacher if nobody names another;
             None where that is not known.
+        teacher: what a frozen teacher is loaded from, after it was checked; None: there is none.
         saved_arguments: of the run that is continued; empty for one that begins.
     """
 
@@ -48,6 +49,7 @@ class Start:
     creates_adapters: bool = False
     checkpoint: CheckedCheckpoint | None = None
     origin: str | None = None
+    teacher: CheckedCheckpoint | None = None
     saved_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -95,6 +97,7 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
     stage = find_stage(settings.stage)
     stage.check_base(base_stage, base, settings.borrows_channel)
     if stored.dmc is not None:
+        _check_method(settings, stored.dmc, base)
         _check_finished(base, base_stage.name, saved, stored.args.get("train_iters"))
     consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage is not OFF else 0
     return Start(
@@ -102,10 +105,25 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
         resumes=False,
         clears_rows=stage.clears_rows(base_stage),
         first_sample=consumed,
-        creates_adapters=settings.decision_source == ADAPTER and not base_stage.compresses,
+        creates_adapters=settings.decision_source == ADAPTER and stage.compresses and not base_stage.compresses,
         checkpoint=checkpoint,
-        origin=os.path.realpath(base) if base_stage is OFF else stored.args.get("dmc_teacher"),
+        origin=os.path.realpath(base) if base_stage is OFF else _origin(stored.args),
     )
+
+
+def _origin(args: Mapping[str, Any]) -> str | None:
+    """What a checkpoint says about the one that its retrofit began with."""
+    directory = args.get("dmc_teacher")
+    return directory if isinstance(directory, str) else None
+
+
+def _check_method(settings: DMCConfig, before: DMCConfig, base: str) -> None:
+    """A retrofit goes on with the method, and the source of decisions, that it began with."""
+    for name in ("method", "decision_source"):
+        mine, theirs = getattr(settings, name), getattr(before, name)
+        if before.retrofits and mine != theirs:
+            flag = "--dmc-" + name.replace("_", "-")
+            raise ValueError(f"--pretrained-checkpoint {base} was made with {flag} {theirs}, not {mine}: give {theirs}")
 
 
 def _check_finished(base: str, stage: str, iteration: int, train_iters: int | None) -> None:
@@ -150,6 +168,6 @@ def _resume(settings: DMCConfig, save: str) -> Start:
         resumes=True,
         first_sample=first_sample,
         checkpoint=checkpoint,
-        origin=stored.args.get("dmc_teacher"),
+        origin=_origin(stored.args),
         saved_arguments=stored.args,
     )

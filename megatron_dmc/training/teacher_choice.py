@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dmc.config import DECISIONS, NONE, DMCConfig
 from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.training.start import Start
 
 if TYPE_CHECKING:
     from megatron_dmc.checkpoint.guard import CheckedCheckpoint
@@ -15,10 +16,23 @@ if TYPE_CHECKING:
 FLAG = "--dmc-teacher"
 
 
-def check_flag(settings: DMCConfig, given: str | None) -> None:
-    """Raise ``ValueError`` where ``given``, the value of the flag, would have no meaning."""
-    if given is None:
-        return
+def with_teacher(start: Start, settings: DMCConfig, given: str | None) -> Start:
+    """``start`` with the teacher of the run.
+
+    Args:
+        start: where the run starts; it may know the model before its retrofit.
+        settings: of the run.
+        given: the value of the flag, or None.
+
+    Raises:
+        ValueError: as :func:`find_teacher`, or a flag that has no meaning here.
+    """
+    if given is not None:
+        _check_flag(settings, given)
+    return dataclasses.replace(start, teacher=find_teacher(settings, given or start.origin, start.config))
+
+
+def _check_flag(settings: DMCConfig, given: str) -> None:
     if settings.distill == NONE:
         raise ValueError(f"{FLAG} {given}: nothing learns from it; add --dmc-distill forward, or leave it out")
     if settings.train == DECISIONS:
@@ -27,7 +41,7 @@ def check_flag(settings: DMCConfig, given: str | None) -> None:
         )
 
 
-def needs_frozen(settings: DMCConfig) -> bool:
+def _needs_frozen(settings: DMCConfig) -> bool:
     """Whether a copy of the model before its retrofit must be kept; adapters alone change nothing else."""
     return settings.retrofits and settings.distill != NONE and settings.train != DECISIONS
 
@@ -43,7 +57,7 @@ def find_teacher(settings: DMCConfig, directory: str | None, student: ModelConfi
     Raises:
         ValueError: there is none, it is damaged or hostile, was compressed itself, or is another model.
     """
-    if not needs_frozen(settings):
+    if not _needs_frozen(settings):
         return None
     if directory is None:
         raise ValueError(

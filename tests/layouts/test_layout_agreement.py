@@ -8,6 +8,13 @@ import pytest
 
 from tests.layouts.agreement import assert_agree, assert_telling
 from tests.layouts.cases import (
+    ADAPTER,
+    ADAPTER_FROM_PLAIN,
+    ADAPTER_WITH_ALL,
+    DISTILLED,
+    DISTILLED_TIED,
+    DISTILLED_ZERO_OUT,
+    DMS,
     DOCUMENTS,
     LAYOUTS,
     MULTI_HEAD,
@@ -32,6 +39,10 @@ QUICK = {
     "dp2_distributed_optimizer_overlap": WHOLE_SEGMENT,
     "cp2_pp2": DOCUMENTS,
     "per_token_loss_cp2_pp2": WHOLE_SEGMENT,
+    "tp2_sp_pp2_vp2": DISTILLED,
+    "cp2_tp2": DMS,
+    "recompute_uniform_pp2_vp2": ADAPTER,
+    "dp2_tp2_distributed_optimizer": ADAPTER,
 }
 
 MODELS = {
@@ -40,6 +51,17 @@ MODELS = {
     "tied_embeddings": (TIED, ("tp2_sp_pp2", "dp2_pp2")),
     "window": (WINDOW, ("tp2_sp_pp2", "cp2_pp2", "recompute_block")),
     "decisions_per_layer": (PER_LAYER, ("tp2", "tp2_sp_pp2", "cp2_tp2", "dp2_pp2")),
+    "distilled": (
+        DISTILLED,
+        ("pp4", "cp2_pp2", "dp2_tp2_distributed_optimizer", "recompute_block", "per_token_loss_tp2_sp"),
+    ),
+    "distilled_tied": (DISTILLED_TIED, ("tp2_sp_pp2", "pp2_vp2")),
+    "dms": (DMS, ("tp2_sp_pp2", "cp2_pp2", "recompute_selective", "per_token_loss_dp2_pp2", "dp2")),
+    "adapter": (
+        ADAPTER,
+        ("tp2_sp_pp2_vp2", "cp2_tp2_sp", "recompute_selective_pp2", "recompute_block", "pp4", "per_token_loss"),
+    ),
+    "adapter_with_all": (ADAPTER_WITH_ALL, ("tp2_sp_pp2", "cp2_tp2_sp", "recompute_uniform_pp2_vp2", "dp2")),
     "documents": (DOCUMENTS, ("pp2", "cp2", "cp2_pp2", "tp2_sp_pp2", "pp2_vp2", "dp2", "recompute_uniform")),
 }
 
@@ -80,7 +102,11 @@ def test_layout_agrees_in_zero_out(laboratory):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("variant", [ZERO_OUT, ZERO_OUT_DOCUMENTS, RETROFIT], ids=["zero_out", "documents", "retrofit"])
+@pytest.mark.parametrize(
+    "variant",
+    [ZERO_OUT, ZERO_OUT_DOCUMENTS, RETROFIT, DISTILLED_ZERO_OUT, ADAPTER_FROM_PLAIN],
+    ids=["zero_out", "documents", "retrofit", "distilled", "adapter"],
+)
 @pytest.mark.parametrize("layout", ["tp2_sp_pp2_vp2", "cp2_pp2", "dp2_distributed_optimizer", "recompute_uniform"])
 def test_layout_agrees_in_other_stages(laboratory, variant, layout):
     where = LAYOUTS[layout]
