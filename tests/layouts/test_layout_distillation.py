@@ -15,6 +15,7 @@ from tests.layouts.cases import (
     DMS,
     LAYOUTS,
     TENSOR,
+    WHOLE_SEGMENT,
     ZERO_OUT,
 )
 from tests.layouts.laboratory import SEQUENCE_LENGTH
@@ -83,7 +84,7 @@ def test_layout_losses_are_reported_side_by_side(laboratory, tmp_path):
 def test_layout_the_lm_loss_is_that_of_a_run_without_a_teacher(laboratory):
     """It is computed beside the divergence, by another way than Megatron's."""
     taught = laboratory.train(DISTILLED, 1, train_iters=1)
-    alone = laboratory.train(DISTILLED, 1, train_iters=1, dmc_distill="none", dmc_teacher=None)
+    alone = laboratory.reference(WHOLE_SEGMENT, 1)
     assert taught.steps[0]["lm loss"] == pytest.approx(alone.steps[0]["lm loss"], abs=1e-6)
     name = "decoder.layers.0.mlp.linear_fc1.weight"
     assert np.linalg.norm(taught.gradients[name] - alone.gradients[name]) > 0.1 * np.linalg.norm(alone.gradients[name])
@@ -127,19 +128,20 @@ def test_layout_adapters_begin_and_go_on(laboratory, train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "flags", "words"),
+    ("variant", "switches", "words"),
     [
-        (DMS, {"dmc_window_size": SEQUENCE_LENGTH}, "no token of a sequence of 32 leaves it"),
-        (DISTILLED, {}, "needs a teacher: give --dmc-teacher DIR"),
-        (DISTILLED, {"dmc_teacher": "nowhere"}, "nowhere is not a directory"),
-        (ADAPTER, {"dmc_teacher": "nowhere"}, "the model itself teaches"),
-        (ADAPTER, {"dmc_method": "dmc"}, "must be neuron with dmc"),
-        (ADAPTER, {"dmc_stage": "zero_out"}, "must be retrofit with an adapter"),
+        (ADAPTER, f"--dmc-window-size {SEQUENCE_LENGTH - 1}", "no token of a sequence of 32 leaves it"),
+        (DISTILLED, "", "needs a teacher: give --dmc-teacher DIR"),
+        (DISTILLED, "--dmc-teacher nowhere", "nowhere is not a directory"),
+        (ADAPTER, "--dmc-teacher nowhere", "the model itself teaches"),
+        (ADAPTER, "--dmc-method dmc", "must be neuron with dmc"),
+        (ADAPTER, "--dmc-stage zero_out", "must be retrofit with an adapter"),
+        (ADAPTER, "--dmc-train all --dmc-decision-source neuron", "was made with --dmc-decision-source adapter"),
     ],
-    ids=["window", "no_teacher", "no_directory", "superfluous", "method", "stage"],
+    ids=["window", "no_teacher", "no_directory", "superfluous", "method", "stage", "source"],
 )
-def test_layout_bad_input_is_one_message(laboratory, train, variant, flags, words):
-    code, said = train(variant, pretrained_checkpoint=laboratory.base(variant), **flags)
+def test_layout_bad_input_is_one_message(laboratory, train, variant, switches, words):
+    code, said = train(variant, *switches.split(), pretrained_checkpoint=laboratory.base(variant))
     assert code == 1
     assert words in said.splitlines()[-1]
     assert "Traceback" not in said

@@ -22,7 +22,7 @@ def base(torch_dist):  # noqa: F811
 
 
 def test_the_base_of_the_first_stage_teaches(base):
-    directory, config = base
+    directory, _ = base
     start = with_teacher(find_start(DISTILLED, None, directory), DISTILLED, None)
     assert start.origin == os.path.realpath(directory)
     assert os.path.realpath(start.teacher.location.root) == start.origin
