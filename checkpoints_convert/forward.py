@@ -39,7 +39,7 @@ class ForwardJob:
         path: the checkpoint.
         tokens: ids, rows of equal length.
         layers: number of layers to walk; without all of them there are no logits.
-        clears_borrowed: zero the rows of the channels that DMC borrows, as an export to plain Llama does.
+        clears_borrowed: zero the rows of borrowed channels, as an export to plain Llama does.
         vocab_size: real rows of the vocabulary.
         ignored_settings: as :class:`checkpoints_convert.options.Options` has them.
         output: safetensors file for the results.

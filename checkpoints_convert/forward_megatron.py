@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class MegatronModel:
         self._config = TransformerConfig(**transformer_keywords(config), **WITHOUT_EXTENSIONS)
         self._spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_norm)
         self._rotary = _rotary_embedding(config)
-        self._entries = entries(config)
+        # Its layers decide nothing.
+        self._entries = entries(dataclasses.replace(config, adapter=False))
 
     def embed(self, tokens: Tensor) -> Tensor:
         rows = [self._source.embedding_row(row) for row in tokens.flatten().tolist()]

@@ -6,6 +6,7 @@ compared with.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,8 @@ class TransformersModel:
     def layer(self, index: int, hidden: Tensor) -> Tensor:
         with torch.device("meta"):
             layer = self._layer(self._config, index)
-        config = self._files.config
+        # The library's layers decide nothing.
+        config = dataclasses.replace(self._files.config, adapter=False)
         weights = {}
         for name, (entry, place) in by_hf_name(config).items():
             if entry.layer == index:

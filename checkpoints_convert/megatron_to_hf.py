@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def export_checkpoint(
         source: a ``--save`` directory of Megatron or one iteration in it; ``torch_dist`` of any layout, or legacy.
         destination: a new directory.
         tokenizer: Hugging Face directory or sentencepiece file; default: the files that ``import`` kept.
-        as_llama: write plain Llama weights whatever the stage, with the borrowed channels cleared: the retrofitted
+        as_llama: write plain Llama weights whatever the stage, without borrowed channels and adapters: the retrofitted
             model without compression.
         measured_cr: compression ratio that an evaluation measured, for the model card.
         vocab_size: rows of the vocabulary, for a checkpoint that does not state them.
@@ -77,10 +78,11 @@ def _open(source: Path | str, vocab_size: int | None) -> MegatronSource:
 
 
 class PlainLlama(Source):
-    """A model without DMC: where its settings borrow channels, the rows that produce them are zero."""
+    """A model without its settings: what produces borrowed channels is zero, and an adapter is left out."""
 
     def __init__(self, model: Source) -> None:
-        self.directory, self.companions, self.config, self.dmc = model.directory, model.companions, model.config, None
+        self.directory, self.companions, self.dmc = model.directory, model.companions, None
+        self.config = dataclasses.replace(model.config, adapter=False)
         self._model = model
         self._borrowed = borrowed_by(model.dmc)
 

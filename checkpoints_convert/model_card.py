@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import ADAPTER, DMC, DMS, DMCConfig
+from megatron_dmc.models.borrowed_channel import borrowed_by
 from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.ops.borrowed import EVERY_HEAD, FIRST_QUERY, NO_HEAD
+
+_METHODS = {
+    DMC: ("Dynamic Memory Compression", "2403.09636"),
+    DMS: ("Dynamic Memory Sparsification", "2506.05345"),
+}
+"""Name and paper."""
+_BORROWED = {
+    EVERY_HEAD: "the last channel of every query and key head",
+    FIRST_QUERY: "the last channel of the first query head of each KV head",
+    NO_HEAD: "an adapter in every layer",
+}
+"""What carries the decisions."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,8 @@ class CardFacts:
 
 def model_card(name: str, config: ModelConfig, dmc: DMCConfig | None, facts: CardFacts) -> str:
     """Text of the card, in Markdown with the front matter that model hubs read."""
-    tags = [config.family, "megatron"] + (["dynamic-memory-compression", "kv-cache-compression"] if dmc else [])
+    tags = [config.family, "megatron"]
+    tags += [_METHODS[dmc.method][0].lower().replace(" ", "-"), "kv-cache-compression"] if dmc else []
     front = "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags), "---"])
     paragraphs = _plain(config, facts) if dmc is None else _compressed(config, dmc, facts)
     return "\n\n".join([front, f"# {name}", _shape(config), *paragraphs]) + "\n"
@@ -48,9 +63,11 @@ def _plain(config: ModelConfig, facts: CardFacts) -> list[str]:
     trained = facts.trained
     if trained is None or not trained.retrofits:
         return [f"A {config.family} model, exported from a Megatron-LM checkpoint."]
+    carrier = _BORROWED[borrowed_by(trained)]
     return [
-        f"A {config.family} model, exported from stage `{trained.stage}` of a retrofit with Dynamic Memory Compression "
-        f"(iteration {facts.iteration}). The last channel of every query and key head is zero; nothing is compressed."
+        f"A {config.family} model, exported from stage `{trained.stage}` of a retrofit with "
+        f"{_METHODS[trained.method][0]} (iteration {facts.iteration}). {carrier[0].upper()}{carrier[1:]} is "
+        f"{'left out' if trained.decision_source == ADAPTER else 'zero'}; nothing is compressed."
     ]
 
 
@@ -61,13 +78,20 @@ def _compressed(config: ModelConfig, dmc: DMCConfig, facts: CardFacts) -> list[s
         else "The compression ratio of this model has not been measured yet (`megatron-dmc evaluate`)."
     )
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in dmc.to_dict().items() if value is not None)
+    name, paper = _METHODS[dmc.method]
     return [
-        f"A {config.family} model retrofitted with Dynamic Memory Compression (arXiv 2403.09636): each KV head decides "
-        "for every token whether to append to its key-value cache or to merge into the newest entry.",
+        f"A {config.family} model retrofitted with {name} (arXiv {paper}): each KV head decides for every token "
+        f"{_decides(dmc)}.",
         f"{measured} Target of the training: {dmc.target_cr:g} (stage `{dmc.stage}`, iteration {facts.iteration}).",
         "The length of the cache differs from head to head. Engines that keep one length per request (vLLM, "
         "TensorRT-LLM, llama.cpp and others) cannot serve this model; neither can a stock class of "
-        "transformers, because the last channel of every query and key head carries a decision. `megatron-dmc "
+        f"transformers, because {_BORROWED[borrowed_by(dmc)]} decides. `megatron-dmc "
         "generate` can, and for a Llama the class `DMCLlamaForCausalLM` of `megatron_dmc.hf`.",
         f"| setting | value |\n|---|---|\n{settings}",
     ]
+
+
+def _decides(dmc: DMCConfig) -> str:
+    if dmc.method == DMS:
+        return f"whether it is evicted from its key-value cache once {dmc.window_size} more have come"
+    return "whether to append to its key-value cache or to merge into the newest entry"

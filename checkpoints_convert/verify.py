@@ -47,8 +47,7 @@ class Verification:
 
     Attributes:
         tensors, bytes: number and size of the tensors that are equal bit for bit.
-        clears_borrowed: for each of the two, whether it was compared after zeroing the rows of the channels that
-            DMC borrows.
+        clears_borrowed: for each of the two, whether it was compared after zeroing the rows of borrowed channels.
         layers: layers whose outputs were compared; 0: only tensors.
         equal_predictions: share of positions with the same most likely token; None: no logits were compared.
         max_difference, mean_difference: of the logits.
@@ -69,7 +68,7 @@ class Verification:
         """For people."""
         told = [f"{self.tensors} tensors ({self.bytes} bytes) are equal bit for bit"]
         if any(self.clears_borrowed):
-            told.append("compared with the borrowed channels of q and k cleared, as an export to plain Llama does")
+            told.append("compared without borrowed channels and adapters, as an export to plain Llama leaves them out")
         if self.equal_predictions is not None:
             told.append(
                 f"logits of {PROMPTS * PROMPT_TOKENS} positions: {self.equal_predictions:.1%} equal predictions, "
@@ -140,7 +139,7 @@ def _check_settings(first: Source, second: Source) -> tuple[bool, bool]:
     """Whether the borrowed rows of one must be cleared, as its export did; fails where the models differ."""
     different = [
         f"{name}: {getattr(first.config, name)!r} and {getattr(second.config, name)!r}"
-        for name in ModelConfig.__dataclass_fields__
+        for name in ModelConfig.__dataclass_fields__.keys() - {"adapter"}  # which follows from the settings
         if getattr(first.config, name) != getattr(second.config, name)
     ]
     if different:
@@ -157,7 +156,8 @@ def _with_effect(dmc: DMCConfig | None) -> DMCConfig | None:
 
 
 def _compare_tensors(pair: tuple[Source, Source], clears: tuple[bool, bool]) -> Verification:
-    config = pair[0].config
+    # An export to a plain Llama leaves out the adapter.
+    config = dataclasses.replace(pair[0].config, adapter=all(source.config.adapter for source in pair))
     count = total = 0
     with progress("verify", 2 * weight_bytes(config), "B") as advance:
         for entry in entries(config):

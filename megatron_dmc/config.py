@@ -246,6 +246,11 @@ class DMCConfig:
         return cls(**values)
 
 
+def has_adapter(settings: DMCConfig | None) -> bool:
+    """Whether a model with these settings has an adapter that decides; None: it was never retrofitted."""
+    return settings is not None and settings.retrofits and settings.decision_source == ADAPTER
+
+
 def _require(holds: bool, name: str, given: Any, allowed: str) -> None:
     if not holds:
         raise ValueError(f"dmc_{name}={given!r}: must be {allowed}")

@@ -119,7 +119,7 @@ def evicting_attention(tensors: Tensors, settings: Mapping[str, str]) -> Paths:
 
 
 def _whole_dms(tensors: Tensors, window: int) -> dict[str, Tensor]:
-    """The same by the method, without RoPE (all angles are 0); the adapter's output is scaled so as to give the logits."""
+    """The same by the method, without RoPE (all angles are 0); the adapter's output is what gives the logits."""
     config = DMCConfig(
         "dms", window_size=window, decision_source="adapter", decided_by="next", temperature=1.0, decision_bias=0.0
     )

@@ -36,6 +36,16 @@ def test_only_retrofit_clears_the_borrowed_rows():
     assert [stage for stage, before in pairs if stage.clears_rows(before)] == [RETROFIT]
 
 
+def test_no_stage_frees_a_channel_for_an_adapter():
+    RETROFIT.check_base(OFF, "BASE", borrows_channel=False)
+    CONSOLIDATE.check_base(RETROFIT, "BASE", borrows_channel=False)
+    assert retrofit_order(borrows_channel=False) == ("retrofit", "consolidate")
+    with pytest.raises(ValueError, match="it starts from off; run the stages in the order retrofit, consolidate"):
+        RETROFIT.check_base(ZERO_OUT, "BASE", borrows_channel=False)
+    with pytest.raises(ValueError, match="dmc_stage='zero_out': must be retrofit with an adapter"):
+        DMCConfig("dms", "zero_out", decision_source="adapter")
+
+
 def test_an_unknown_stage_is_refused_with_those_that_are_known():
     with pytest.raises(ValueError, match="dmc_stage='anneal': must be one of off, zero_out, retrofit, consolidate"):
         DMCConfig(stage="anneal")

@@ -15,7 +15,7 @@ from megatron_dmc.checkpoint.legacy import LegacyCheckpoint
 from megatron_dmc.checkpoint.locate import LEGACY, TORCH_DIST, locate
 from megatron_dmc.checkpoint.pickles import Name, Record
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
-from megatron_dmc.config import SCHEMA_VERSION, SINCE_2, DMCConfig
+from megatron_dmc.config import SCHEMA_VERSION, SINCE_2, DMCConfig, has_adapter
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.families import family_of
 from megatron_dmc.models.megatron import SETTINGS, Setting, number_of, scaling_from_arguments
@@ -63,8 +63,10 @@ def arguments_from_state(state: Mapping[str, Any], padded_vocab_size: int, what:
     """As :func:`read_saved_arguments`, from a common state that was read before."""
     args = namespace_dict(state.get("args"), what)
     stored = state.get("iteration", iteration)
+    dmc = dmc_from_arguments(args, what)
     config = config_from_arguments(args, padded_vocab_size, what)
-    return SavedArguments(stored if type(stored) is int else iteration, args, dmc_from_arguments(args, what), config)
+    config = dataclasses.replace(config, adapter=has_adapter(dmc))
+    return SavedArguments(stored if type(stored) is int else iteration, args, dmc, config)
 
 
 def namespace_dict(namespace: Any, what: str) -> dict[str, Any]:

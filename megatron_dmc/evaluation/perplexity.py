@@ -207,14 +207,9 @@ class _Sums:
         self.loss_N.append(-scores.log_prob_SB.double().mean(dim=0).cpu())
         self.seconds += time.perf_counter() - start
         self.entries_S.append(scores.entries_S.cpu())
+        self.entries_LG.append(scores.entries_LG.cpu())
         if scores.usage is not None:
             self.usages.append(scores.usage)
-            self.entries_LG.append(torch.tensor(scores.usage.entries))
-        elif scores.alpha_LSBG is not None:
-            self.entries_LG.append((~scores.alpha_LSBG).sum(dim=(1, 2)).cpu())
-        else:
-            heads = (model.config.num_layers, model.config.num_kv_heads)
-            self.entries_LG.append(torch.full(heads, scores.log_prob_SB.numel()))
         return scores
 
     def result(self, model: Decoder) -> PathResult:

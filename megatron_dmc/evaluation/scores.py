@@ -44,6 +44,8 @@ class Scores:
     entries_S: Tensor
     """int64, entries of all sequences, layers and KV heads after each position: counted from the decisions, or held
     by the cache (where prefilled, only the last position of the prefix is known; those before are -1)."""
+    entries_LG: Tensor
+    """int64, entries of all sequences after the last position."""
     usage: CacheUsage | None = None
     """What the cache held at the end; None without a cache."""
 
@@ -58,13 +60,19 @@ def score_whole(model: Decoder, token_TB: Tensor) -> Scores:
     hidden_SBH = model.forward(token_TB[:-1], trace)
     log_prob_SB = _next_log_probs(model, hidden_SBH, token_TB[1:])
     logit_LSBG, alpha_LSBG = _stacked(trace)
-    sequence_length, batch = log_prob_SB.shape
     if alpha_LSBG is None:
-        entries_per_token = batch * model.config.num_layers * model.config.num_kv_heads
-        entries_S = torch.arange(1, sequence_length + 1, device=token_TB.device) * entries_per_token
+        heads = (model.config.num_layers, model.config.num_kv_heads)
+        added_LSG = torch.full((heads[0], len(log_prob_SB), heads[1]), log_prob_SB.shape[1], device=token_TB.device)
     else:
-        entries_S = (~alpha_LSBG).sum(dim=(0, 2, 3)).cumsum(dim=0)
-    return Scores(log_prob_SB, logit_LSBG, alpha_LSBG, entries_S)
+        added_LSG = _entries_added(alpha_LSBG, model.method.decision_delay)
+    return Scores(log_prob_SB, logit_LSBG, alpha_LSBG, added_LSG.sum(dim=(0, 2)).cumsum(dim=0), added_LSG.sum(dim=1))
+
+
+def _entries_added(alpha_LSBG: Tensor, delay: int) -> Tensor:
+    """int64 [L, S, G]: entries that each position adds over all sequences; a decision saves one ``delay`` later."""
+    saved_LSBG = torch.zeros_like(alpha_LSBG)
+    saved_LSBG[:, delay:] = alpha_LSBG[:, : max(0, alpha_LSBG.shape[1] - delay)]
+    return (~saved_LSBG).sum(dim=2)
 
 
 def score_decode(
@@ -106,7 +114,8 @@ def score_decode(
         torch.cat([torch.stack(layers) for layers in passes], dim=1) if passes[0] else None
         for passes in zip(*traces, strict=True)
     )
-    return Scores(log_prob_SB, logit_LSBG, alpha_LSBG, entries_S, CacheUsage.of(cache, rows))
+    usage = CacheUsage.of(cache, rows)
+    return Scores(log_prob_SB, logit_LSBG, alpha_LSBG, entries_S, torch.tensor(usage.entries), usage)
 
 
 def _unpacked(packed: Tensor, batch: int) -> Tensor:

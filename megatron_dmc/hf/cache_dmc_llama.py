@@ -19,8 +19,8 @@ from megatron_dmc.methods import method_of
 class DMCCache(Cache):
     """Compressed cache of one batch. Give it as ``past_key_values`` to go on where a text ended.
 
-    Merged tokens cannot be taken apart again, so nothing that takes back tokens works: crop, assisted decoding. Each
-    raises ``ValueError``.
+    What is merged or evicted cannot be brought back, so nothing that takes back tokens works: crop, assisted decoding.
+    Each raises ``ValueError``.
 
     Args:
         config: of the model.
@@ -151,6 +151,6 @@ class _LayerView(CacheLayerMixin):
 
 def _refuse(what: str) -> NoReturn:
     raise ValueError(
-        f"{what} does not work with a compressed cache: merged tokens cannot be taken apart; use greedy search, "
+        f"{what} does not work with a compressed cache: what is merged or evicted cannot be brought back; use greedy search, "
         "sampling or beams, and a new cache for each text"
     )

@@ -1,7 +1,7 @@
 """Which columns of a batch hold tokens: what ``attention_mask`` and ``position_ids`` may say beside a compressed cache.
 
 transformers hides padding behind a mask in every pass. A compressed cache never holds padding, and what it has merged
-cannot be hidden later. So a mask must show what was read, and positions must count tokens.
+or evicted cannot be hidden later. So a mask must show what was read, and positions must count tokens.
 
 Legend: S columns of a pass, C columns with those read before, B batch, H hidden size.
 """
@@ -63,7 +63,7 @@ def _checked_mask(mask: Tensor, shape: tuple[int, int], num_read: Sequence[int],
         if shown != read:
             raise ValueError(
                 f"attention_mask shows {shown} earlier tokens in row {row}, the cache has read {read}: what it has "
-                "merged cannot be hidden; use a new cache"
+                "merged or evicted cannot be hidden; use a new cache"
             )
     return shown_BC
 

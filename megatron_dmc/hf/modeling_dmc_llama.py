@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel, LlamaRMSNorm
 from transformers.utils import can_return_tuple
 
 from megatron_dmc.hf.cache_dmc_llama import DMCCache
@@ -35,10 +36,21 @@ _MODES = (
 
 
 class DMCLlamaAttention(LlamaAttention):
-    """Llama's projections around attention over packed tokens."""
+    """Llama's projections around attention over packed tokens, and the adapter of a model that has one."""
 
-    def forward(self, hidden_states: Tensor, *, dmc_attention: Attention, **unused: Any) -> tuple[Tensor, None]:
-        """``dmc_attention`` comes through the decoder layer from :meth:`DMCLlamaModel.forward`."""
+    def __init__(self, config: DMCLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.has_adapter = config.shape().adapter
+        if self.has_adapter:
+            self.dms_proj_alpha_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.dms_proj_alpha = torch.nn.Linear(config.hidden_size, config.num_key_value_heads, bias=False)
+
+    def forward(
+        self, hidden_states: Tensor, *, dmc_attention: Attention, dmc_hidden: Tensor, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """``dmc_attention`` comes through the decoder layer from :meth:`DMCLlamaModel.forward`, and so does the hidden
+        state before the layer's first norm.
+        """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states[0]).unflatten(-1, (-1, self.head_dim)) for project in projections)
         whole = self.config.num_key_value_heads
@@ -47,7 +59,15 @@ class DMCLlamaAttention(LlamaAttention):
                 f"{k.shape[-2]} of {whole} KV heads are here: transformers' tp_plan does not share out the cache; use "
                 "torchrun with megatron-dmc generate"
             )
-        return self.o_proj(dmc_attention(self.layer_idx, q, k, v).flatten(-2)).unsqueeze(0), None
+        adapter = self._adapt(dmc_hidden[0]) if self.has_adapter else None
+        return self.o_proj(dmc_attention(self.layer_idx, q, k, v, adapter).flatten(-2)).unsqueeze(0), None
+
+    def _adapt(self, hidden_TH: Tensor) -> Tensor:
+        """float32 [T, G]: see ``Decoder``."""
+        norm = self.dms_proj_alpha_norm
+        weight_H = norm.weight.float()
+        normed_TH = F.rms_norm(hidden_TH.float(), weight_H.shape, weight_H, norm.variance_epsilon)
+        return F.linear(normed_TH, self.dms_proj_alpha.weight.float())
 
 
 class OwnAttention:
@@ -157,7 +177,7 @@ class DMCLlamaModel(OwnAttention, LlamaModel):
         hidden_1TH = hidden_TH.unsqueeze(0)
         for layer in self.layers:
             states.append(hidden_1TH[0])
-            hidden_1TH = layer(hidden_1TH, dmc_attention=attention)
+            hidden_1TH = layer(hidden_1TH, dmc_attention=attention, dmc_hidden=hidden_1TH)
         return [*states, self.norm(hidden_1TH)[0]]
 
     def _frequencies(self, hidden_TH: Tensor) -> Tensor:
@@ -172,8 +192,9 @@ class _Packed:
     def __init__(self, attention: WholeAttention) -> None:
         self._attention = attention
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attention(layer, *(x.unsqueeze(1) for x in (q, k, v))).squeeze(1)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, adapter: Tensor | None = None) -> Tensor:
+        adapter_T1G = None if adapter is None else adapter.unsqueeze(1)
+        return self._attention(layer, *(x.unsqueeze(1) for x in (q, k, v)), adapter_T1G).squeeze(1)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -233,7 +254,7 @@ class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
         if generation_mode not in _MODES:
             raise ValueError(
                 f"{generation_mode.value} does not work with a compressed cache: assisted and contrastive decoding "
-                "take back tokens, which are merged by then; use greedy search, sampling or beams"
+                "take back tokens, which are merged or evicted by then; use greedy search, sampling or beams"
             )
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
 

@@ -16,7 +16,7 @@ class Conversation:
     """Turns of a user and a model, by the template of the model.
 
     The tokens of an answer stay as the model wrote them. Where the template changes what was said before (it may trim
-    it, or leave out an old thought), the whole conversation is read again: a merged entry cannot be taken apart.
+    it, or leave out an old thought), the whole conversation is read again: no entry can be taken back.
 
     Args:
         engine: that answers, made with the tokenizer's ``decode``.

@@ -25,9 +25,8 @@ from megatron_dmc.methods.step import ALONE, Ranks, Step, Tokens
 from megatron_dmc.ops.borrowed import EVERY_HEAD, Borrowed
 from megatron_dmc.ops.cache_update import Logits, Merging
 from megatron_dmc.ops.geometry import Geometry
-from megatron_dmc.ops.masked_attention.merged import attend as attend_pieces
+from megatron_dmc.ops.masked_attention import attend_masked
 from megatron_dmc.ops.masked_attention.merged import merge
-from megatron_dmc.ops.masked_attention.piecewise import plan_attention
 from megatron_dmc.ops.paged_attention import DecodePlan, paged_attention, paged_attention_to_chunks
 from megatron_dmc.ops.paged_kv import PagedKV
 from megatron_dmc.ops.rotated import rotated_keys, rotated_queries
@@ -62,6 +61,9 @@ class Update(NamedTuple):
     state: State
     """New values for every head."""
     decisions: Decisions | None = None
+    num_queries_BGE: Tensor | None = None
+    """int32: how many of the new tokens of its sequence, the first ones, see each entry that was there before; None: as
+    :meth:`Method.visible_before` says."""
 
 
 class HeadCaches(NamedTuple):
@@ -95,6 +97,7 @@ class Method(ABC):
         neuron_scale: factor of the borrowed channels before and after RoPE; 1 where none is borrowed.
         borrowed: the heads that lend a channel.
         compresses: whether the cache can become shorter than the text.
+        decision_delay: tokens that come before a hard decision makes a cache shorter; of methods with a whole form.
         has_whole_form: whether :meth:`whole` exists; evaluation and training at once need it.
         exact_recompute: whether reading a text again gives the cache that decoding it gave.
         reads_parts: whether several tokens can be read behind others; where not, a prompt is read whole.
@@ -108,6 +111,7 @@ class Method(ABC):
     neuron_scale: float = 1.0
     borrowed: Borrowed = EVERY_HEAD
     compresses: bool = True
+    decision_delay: int = 0
     has_whole_form: bool = False
     exact_recompute: bool = False
     reads_parts: bool = True
@@ -139,6 +143,7 @@ class Method(ABC):
                 caches.kv,
                 caches.block_table_BGM,
                 self.visible_before(update, caches, tokens.step),
+                update.num_queries_BGE,
             )
             merge(out_NTD, lse_NT, *cached)
         return out_NTD.transpose(0, 1)
@@ -150,11 +155,9 @@ class Method(ABC):
 
     def attend_own(self, tokens: Tokens, update: Update) -> tuple[Tensor, Tensor]:
         """Output [N, T, D] and log-sum-exp [N, T] over the new tokens of the same sequence alone."""
-        q_TND = self.rotated_queries(tokens)
-        near = tuple(x.unsqueeze(1).permute(1, 2, 0, 3) for x in (q_TND, update.k_TGD, update.v_TGD))
-        plan = plan_attention(tokens.step.geometry, None, q_TND.shape[-1])
-        out, lse = attend_pieces(plan, (near[0], near[1], near[2]))
-        return out[0], lse[0]
+        q, k, v = (x.unsqueeze(1) for x in (self.rotated_queries(tokens), update.k_TGD, update.v_TGD))
+        out_T1ND, lse_1NT = attend_masked(q, k, v, None, tokens.step.geometry, free_window=None)
+        return out_T1ND.squeeze(1).transpose(0, 1), lse_1NT[0]
 
     def visible_before(self, update: Update, caches: HeadCaches, step: Step) -> Tensor:
         """int32 [B, G]: how many of the entries before the update the new tokens see."""
@@ -168,8 +171,8 @@ class Method(ABC):
         """Entries that a text is expected to leave in every head: what memory is planned by."""
         return num_tokens
 
-    def end_prompt(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
-        """Which entries survive a prompt that ends with these tokens; None: all."""
+    def survivors(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
+        """Which entries survive a pass over several tokens, which may end a prompt; None: all."""
         return None
 
     def whole(

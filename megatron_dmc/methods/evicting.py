@@ -58,8 +58,9 @@ class EvictingPolicy(Method):
         """The budget, and one more while a token attends."""
         return min(num_tokens, self.budget + 1)
 
-    def end_prompt(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
-        """The recent entries and those of the highest :meth:`prompt_scores`, in their order."""
+    def survivors(self, tokens: Tokens, update: Update, caches: HeadCaches) -> Keep | None:
+        """Of a prompt the recent entries and those of the highest :meth:`prompt_scores`, in their order."""
+        assert tokens.step.ends_prompt, f"{self.name} reads a prompt whole"
         entry_BGE = torch.zeros(*caches.length_BG.shape, self.budget, dtype=torch.int64, device=tokens.step.device)
         scores, kept = self.prompt_scores(tokens, update), []
         for row, score_GS in enumerate(scores):

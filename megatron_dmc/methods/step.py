@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.eviction_window import Part
 from megatron_dmc.ops.geometry import Geometry
 
 
@@ -105,6 +106,12 @@ class Step:
     def position_T(self) -> Tensor:
         """int64: position of each token in its sequence."""
         return torch.tensor(self.positions, device=self.device)[self.sequence_T] + self.offset_T
+
+    @cached_property
+    def part(self) -> Part:
+        """The new tokens as a part of their texts."""
+        position_B, count_B = (torch.tensor(numbers, device=self.device) for numbers in (self.positions, self.counts))
+        return Part(position_B, count_B, self.sequence_T, self.offset_T, self.last_B)
 
     @cached_property
     def first_T(self) -> Tensor:

@@ -58,6 +58,8 @@ LLAMA = Family(
         "q": "model.layers.*.self_attn.q_proj.weight",
         "k": "model.layers.*.self_attn.k_proj.weight",
         "v": "model.layers.*.self_attn.v_proj.weight",
+        "decision_norm": "model.layers.*.self_attn.dms_proj_alpha_norm.weight",
+        "decision": "model.layers.*.self_attn.dms_proj_alpha.weight",
         "attention_output": "model.layers.*.self_attn.o_proj.weight",
         "mlp_norm": "model.layers.*.post_attention_layernorm.weight",
         "gate": "model.layers.*.mlp.gate_proj.weight",

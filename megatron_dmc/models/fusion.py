@@ -160,6 +160,7 @@ def _concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 
 REPLICATED = Layout(_only, _alone, _copies, _first_of_equal, axis=None)
+ROWS = Layout(_only, _alone, _cut(0), _join(0), axis=0)
 COLUMNS = Layout(_only, _alone, _cut(1), _join(1), axis=1)
 VOCABULARY = Layout(
     fuse=lambda parts, shape: pad_vocabulary(parts[0], shape.padded_vocab_size),

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import DMCConfig, has_adapter
 from megatron_dmc.models.config import ModelConfig, require
 from megatron_dmc.models.families import DMC_PREFIX, Family, family_of
 from megatron_dmc.models.hugging_face_settings import check_settings
@@ -41,6 +41,7 @@ def parse_hf_config(
     heads = _number(given, "num_attention_heads", int)
     hidden_size = _number(given, "hidden_size", int)
     theta, scaling = _parse_rope(given)
+    dmc = _parse_dmc(given)
     config = ModelConfig(
         hidden_size=hidden_size,
         num_layers=_number(given, "num_hidden_layers", int),
@@ -57,8 +58,9 @@ def parse_hf_config(
         dtype=_parse_dtype(given),
         family=family.name,
         qk_norm=family.qk_norm,
+        adapter=has_adapter(dmc),
     )
-    return config, _parse_dmc(given)
+    return config, dmc
 
 
 def to_hf_config(

@@ -1,8 +1,8 @@
 """The tensors of a model: what Megatron stores each as, and how both sides call them, in either direction.
 
 The rows are those of the block that all families share; a family's table (``families``) gives its names in Hugging
-Face's files. ``*`` is the layer. Shapes use h hidden_size, q query heads x head_dim, kv KV heads x head_dim,
-d head_dim, f ffn_hidden_size, v vocab_size; Megatron stacks the layers of ``torch_dist`` on a new first axis.
+Face's files. ``*`` is the layer. Shapes use h hidden_size, q query heads x head_dim, kv KV heads x head_dim, g KV
+heads, d head_dim, f ffn_hidden_size, v vocab_size; Megatron stacks the layers of ``torch_dist`` on a new first axis.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ ROWS = (
     ),
     Row(f"{_ATTENTION}.q_layernorm.weight", fusion.REPLICATED, (Part("q_norm", ("d",)),), flag="qk_norm"),
     Row(f"{_ATTENTION}.k_layernorm.weight", fusion.REPLICATED, (Part("k_norm", ("d",)),), flag="qk_norm"),
+    Row(f"{_ATTENTION}.decision_norm.weight", fusion.REPLICATED, (Part("decision_norm", ("h",)),), flag="adapter"),
+    Row(f"{_ATTENTION}.decision.weight", fusion.ROWS, (Part("decision", ("g", "h")),), flag="adapter"),
     Row(f"{_ATTENTION}.linear_proj.weight", fusion.COLUMNS, (Part("attention_output", ("h", "q")),)),
     Row(f"{_MLP}.linear_fc1.layer_norm_weight", fusion.REPLICATED, (Part("mlp_norm", ("h",)),)),
     Row(f"{_MLP}.linear_fc1.weight", fusion.GATE_UP, (Part("gate", ("f", "h")), Part("up", ("f", "h")))),
@@ -165,6 +167,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
         "h": config.hidden_size,
         "q": config.num_attention_heads * config.head_dim,
         "kv": config.num_kv_heads * config.head_dim,
+        "g": config.num_kv_heads,
         "d": config.head_dim,
         "f": config.ffn_hidden_size,
         "v": config.vocab_size,

@@ -28,15 +28,22 @@ def rotated_queries(
         borrowed: the heads that lend a channel.
     """
     if borrowed.queries is None or neuron_scale == 1:
-        return _Rotate.apply(q_TBND, geometry.rotations(neuron_scale, q_TBND.dtype)[0])
+        return _rotated(q_TBND, geometry.rotations(neuron_scale, q_TBND.dtype)[0])
     fade_ND = torch.ones(q_TBND.shape[-2:], dtype=q_TBND.dtype, device=q_TBND.device)
     fade_ND.unflatten(0, (num_kv_heads, -1))[:, : borrowed.queries, -1] = neuron_scale
-    return _Rotate.apply(q_TBND * fade_ND, geometry.rotations(1.0, q_TBND.dtype)[0]) * fade_ND
+    return _rotated(q_TBND * fade_ND, geometry.rotations(1.0, q_TBND.dtype)[0]) * fade_ND
 
 
 def rotated_keys(k_SBGD: Tensor, geometry: Geometry, neuron_scale: float, borrowed: Borrowed = EVERY_HEAD) -> Tensor:
     """Keys at their positions; arguments as in :func:`rotated_queries`."""
-    return _Rotate.apply(k_SBGD, geometry.rotations(neuron_scale if borrowed.keys else 1.0, k_SBGD.dtype)[1])
+    return _rotated(k_SBGD, geometry.rotations(neuron_scale if borrowed.keys else 1.0, k_SBGD.dtype)[1])
+
+
+def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    if not torch.is_grad_enabled():
+        return rotate(x, rotation, x.dtype)
+    rotated: Tensor = _Rotate.apply(x, rotation)
+    return rotated
 
 
 class _Rotate(torch.autograd.Function):

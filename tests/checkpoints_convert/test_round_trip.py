@@ -1,5 +1,6 @@
 """Import and export: every tensor comes back bit for bit, and transformers finds nothing missing."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,9 +15,10 @@ from checkpoints_convert.hf_writer import plan_shards, write_weights
 from checkpoints_convert.megatron_to_hf import export_checkpoint
 from checkpoints_convert.megatron_writer import ANY_LAYOUT, MegatronLayout
 from checkpoints_convert.options import Options
+from checkpoints_convert.verify import verify
 from megatron_dmc.checkpoint.manifest import manifest_problems
 from megatron_dmc.checkpoint.source import open_source
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import DMCConfig, has_adapter
 from tests.checkpoints_convert.models import (
     TINY,
     VARIANTS,
@@ -127,6 +129,39 @@ def test_a_plain_llama_from_a_dmc_checkpoint_has_no_borrowed_channels(tmp_path, 
         expected = before.tensor(name).clone()
         if "q_proj" in name or "k_proj" in name:
             expected[TINY.head_dim - 1 :: TINY.head_dim] = 0
+        assert torch.equal(after.tensor(name), expected), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("decision_source", ["neuron", "adapter"])
+def test_models_that_evict_travel(tmp_path, decision_source, layout):
+    dmc = DMCConfig("dms", window_size=8, decision_source=decision_source, decided_by="next")
+    source = write_model(tmp_path / "hf", dataclasses.replace(TINY, adapter=has_adapter(dmc)), dmc)
+    import_checkpoint(source, tmp_path / "megatron", layout=LAYOUTS[layout], options=UNVERIFIED)
+    _same_tensors(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", options=UNVERIFIED)
+    assert open_source(tmp_path / "back").dmc == dmc
+    _same_tensors(source, tmp_path / "back")
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "Dynamic Memory Sparsification (arXiv 2506.05345)" in card
+    assert "evicted from its key-value cache once 8 more have come" in card
+    assert "merge" not in card
+
+
+@pytest.mark.parametrize("decision_source", ["neuron", "adapter"])
+def test_a_plain_llama_from_a_model_that_evicts(tmp_path, decision_source):
+    """Without the channel of the first query head of each KV head, or without the adapter; nothing else changes."""
+    dmc = DMCConfig("dms", decision_source=decision_source)
+    source = write_model(tmp_path / "hf", dataclasses.replace(TINY, adapter=has_adapter(dmc)), dmc)
+    import_checkpoint(source, tmp_path / "megatron", options=UNVERIFIED)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", as_llama=True, options=UNVERIFIED)
+    assert verify(source, tmp_path / "back", logits=False).clears_borrowed == (True, False)
+    before, after = open_source(source), open_source(tmp_path / "back")
+    assert (after.dmc, after.config) == (None, TINY)
+    for name in after.names():
+        expected = before.tensor(name).clone()
+        if "q_proj" in name and decision_source == "neuron":
+            expected[TINY.head_dim - 1 :: TINY.queries_per_kv_head * TINY.head_dim] = 0
         assert torch.equal(after.tensor(name), expected), name
 
 

@@ -1,5 +1,6 @@
 """``verify`` notices every difference, and fails where it cannot compare."""
 
+import dataclasses
 import json
 import os
 
@@ -15,7 +16,7 @@ from checkpoints_convert.megatron_to_hf import export_checkpoint
 from checkpoints_convert.options import Options
 from checkpoints_convert.sizes import forward_bytes
 from checkpoints_convert.verify import verify
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import DMCConfig, has_adapter
 from megatron_dmc.support.errors import CheckFailed
 from tests.checkpoints_convert.models import TINY, VARIANTS, write_model
 
@@ -205,8 +206,13 @@ def test_a_computation_that_differs_is_found_although_the_tensors_agree(tmp_path
 
 
 @pytest.mark.exhaustive
-def test_cleared_channels_in_both_walks(tmp_path):
-    source = write_model(tmp_path / "hf", TINY, DMCConfig(stage="consolidate"))
+@pytest.mark.parametrize(
+    "settings",
+    [DMCConfig(stage="consolidate"), DMCConfig("dms"), DMCConfig("dms", decision_source="adapter")],
+    ids=["dmc", "dms", "dms, adapter"],
+)
+def test_cleared_channels_in_both_walks(tmp_path, settings):
+    source = write_model(tmp_path / "hf", dataclasses.replace(TINY, adapter=has_adapter(settings)), settings)
     import_checkpoint(source, tmp_path / "megatron", options=UNVERIFIED)
     export_checkpoint(tmp_path / "megatron", tmp_path / "plain", as_llama=True)
     one, other = (

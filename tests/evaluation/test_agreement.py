@@ -18,7 +18,8 @@ def equal_scores():
     log_prob_SB = -torch.rand(S, B)
     logit_LSBG = torch.randn(L, S, B, G).sign()
     return [
-        Scores(log_prob_SB.clone(), logit_LSBG.clone(), logit_LSBG > 0, torch.arange(S)) for _ in ("whole", "decoded")
+        Scores(log_prob_SB.clone(), logit_LSBG.clone(), logit_LSBG > 0, torch.arange(S), torch.ones(L, G))
+        for _ in ("whole", "decoded")
     ]
 
 

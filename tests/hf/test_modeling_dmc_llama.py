@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_dmc.checkpoint.source import open_source
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.ops.rope_scaling import RopeScaling
 from tests.hf.exported import PROMPTS, SETTINGS, TOLERANCE, load, our_logits, padded, random_tokens
@@ -42,6 +43,33 @@ def test_forward_equals_our_model(changes, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(random_tokens(), use_cache=False).logits, expected, **TOLERANCE)
         torch.testing.assert_close(model(random_tokens()).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("decision_source", ["neuron", "adapter"])
+@pytest.mark.parametrize("decided_by", ["own", "next"])
+def test_models_that_evict_equal_ours(decided_by, decision_source, tmp_path):
+    """At once, with padding, and on from a cache in parts."""
+    settings = DMCConfig(
+        "dms", window_size=3, decision_bias=0.0, decided_by=decided_by, decision_source=decision_source
+    )
+    ours = Decoder(write_model(tmp_path / "model", settings))
+    model = load(tmp_path / "model")
+    token_BS = random_tokens()
+    expected = our_logits(ours, token_BS)
+    with torch.no_grad():
+        torch.testing.assert_close(model(token_BS, use_cache=False).logits, expected, **TOLERANCE)
+        cache = None
+        for part in token_BS.split([20, 1, 28, 1], dim=1):
+            outputs = model(part, past_key_values=cache)
+            cache = outputs.past_key_values
+            read = cache.get_seq_length()
+            torch.testing.assert_close(outputs.logits, expected[:, read - part.shape[1] : read], **TOLERANCE)
+        assert cache.usage().compression_ratio > 1.3
+        padded_BS, mask_BS = padded(PROMPTS, "left")
+        logits = model(padded_BS, attention_mask=mask_BS).logits
+    for row, prompt in enumerate(PROMPTS):
+        alone = our_logits(ours, torch.tensor([prompt]))[0]
+        torch.testing.assert_close(logits[row, mask_BS[row].bool()], alone, **TOLERANCE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("megatron_dmc.hf")
 
 
-MERGED = "take back tokens, which are merged by then; use greedy search, sampling or beams"
+MERGED = "take back tokens, which are merged or evicted by then; use greedy search, sampling or beams"
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_assisted_decoding_is_refused_in_either_role(model):
     with pytest.raises(ValueError, match=f"^assisted_generation does not work.*{MERGED}"):
         model.generate(random_tokens(1, 5), assistant_model=model, **GREEDY)
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_hf_config(model.config.shape())))
-    with pytest.raises(ValueError, match="merged tokens cannot be taken apart"):
+    with pytest.raises(ValueError, match="what is merged or evicted cannot be brought back"):
         plain.generate(random_tokens(1, 5), assistant_model=model, **(GREEDY | {"max_new_tokens": 15}))
 
 
@@ -60,7 +60,7 @@ def test_the_cache_refuses_to_take_back_tokens(model, operation, arguments):
     with torch.no_grad():
         cache = model(random_tokens()).past_key_values
     before = cache.usage()
-    with pytest.raises(ValueError, match=f"^{operation} .*: merged tokens cannot be taken apart"):
+    with pytest.raises(ValueError, match=f"^{operation} .*: what is merged or evicted cannot be brought back"):
         getattr(cache, operation)(*arguments)
     assert cache.usage() == before
 

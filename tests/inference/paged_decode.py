@@ -18,7 +18,13 @@ from megatron_dmc.ops.rope import inverse_frequencies
 
 
 def paged_decode(
-    q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, method: Method, rope_theta: float, passes: Sequence[int] = ()
+    q_SBND: Tensor,
+    k_SBGD: Tensor,
+    v_SBGD: Tensor,
+    method: Method,
+    rope_theta: float,
+    passes: Sequence[int] = (),
+    adapter_SBG: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output [S, B, N, D], and cache lengths [S, B, G] after each position (-1 inside a pass).
 
@@ -35,7 +41,8 @@ def paged_decode(
     for count in [*passes, *[1] * (length - sum(passes))]:
         cache.reserve(rows, [count] * batch)
         step = Step(rows, [start] * batch, [count] * batch, frequencies)
-        packed = (x[start : start + count].transpose(0, 1).flatten(0, 1) for x in (q_SBND, k_SBGD, v_SBGD))
+        inputs = (q_SBND, k_SBGD, v_SBGD) if adapter_SBG is None else (q_SBND, k_SBGD, v_SBGD, adapter_SBG)
+        packed = (x[start : start + count].transpose(0, 1).flatten(0, 1) for x in inputs)
         found = CachedAttention(method, cache, step)(0, *packed)
         cache.commit(step)
         output[start : start + count] = found.unflatten(0, (batch, count)).transpose(0, 1)

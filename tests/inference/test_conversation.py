@@ -13,13 +13,18 @@ from megatron_dmc.inference.sampling import SamplingParams
 from tests.inference.chat_model import TEMPLATE, write_chat_model
 
 SAMPLING = SamplingParams(max_new_tokens=12, temperature=1.0)
+SETTINGS = {
+    "dense": None,
+    "dmc": DMCConfig(decision_bias=-1.0),
+    "dms": DMCConfig("dms", decision_bias=0.0, window_size=5),
+}
 QUESTIONS = ["the quick fox", "again <|im_end|> and again", "na\u00efve \u6771"]
 
 
-@pytest.fixture(scope="module", params=["dense", "dmc"])
+@pytest.fixture(scope="module", params=SETTINGS)
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    write_chat_model(folder, None if request.param == "dense" else DMCConfig(decision_bias=-1.0))
+    write_chat_model(folder, SETTINGS[request.param])
     return folder
 
 

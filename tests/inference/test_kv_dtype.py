@@ -19,6 +19,8 @@ SETTINGS = {
     "dmc": DMCConfig(decision_bias=0.0),
     "dmc, window": DMCConfig(decision_bias=0.0, window_size=3),
     "dmc, per layer": DMCConfig(decision_bias=0.0, decisions_per="layer"),
+    "dms": DMCConfig("dms", decision_bias=0.0, window_size=5),
+    "dms, no window": DMCConfig("dms", decision_bias=0.0, window_size=0, decided_by="next"),
 }
 MEAN_KL = {"int8": 2.5e-4, "fp8": 5e-3}
 """Nats; three times the largest seen: 8e-5 and 1.5e-3."""

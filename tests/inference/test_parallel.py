@@ -22,6 +22,8 @@ SETTINGS = {
     "dmc": DMCConfig(decision_bias=-1.0),
     "dmc window": DMCConfig(decision_bias=-1.0, window_size=12),
     "dmc-c": DMCConfig(decision_bias=-1.0, decisions_per="layer"),
+    "dms": DMCConfig("dms", decision_bias=0.0, window_size=5, decided_by="next"),
+    "dms adapter": DMCConfig("dms", decision_bias=0.0, window_size=5, decision_source="adapter"),
     "h2o": None,
     "tova": None,
 }
@@ -139,7 +141,7 @@ def test_texts_equal_those_of_one_process(name, size, temperature):
     assert on_ranks(size, lambda parallel: generate(parallel, name, temperature)) == [expected] * size
 
 
-@pytest.mark.parametrize(("name", "num_blocks"), [("dense", 140), ("dmc", 80), ("dmc-c", 80)])
+@pytest.mark.parametrize(("name", "num_blocks"), [("dense", 140), ("dmc", 80), ("dmc-c", 80), ("dms", 120)])
 def test_a_full_cache_changes_no_text(name, num_blocks):
     """Heads of different ranks fill their pools at different times; all ranks give back the same requests."""
     expected, entries, _ = generate(ALONE, name)

@@ -1,8 +1,10 @@
 """Small random Llamas for tests, whose heads decide, and decide differently."""
 
+import dataclasses
+
 import torch
 
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import DMS, DMCConfig, has_adapter
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.models.config import ModelConfig
 
@@ -10,12 +12,12 @@ from megatron_dmc.models.config import ModelConfig
 class RandomSource:
     """A model in memory, as ``open_source`` would give it.
 
-    Decision logits have mean -``settings.decision_bias`` and a spread of 4: a bias of 0 accumulates half of the tokens,
-    -4 most of them.
+    Decision logits have mean -``settings.decision_bias`` and a spread of 4: a bias of 0 accumulates (or evicts) half of
+    the tokens, -4 most of them.
     """
 
     def __init__(self, config: ModelConfig, settings: DMCConfig | None = None, seed: int = 0):
-        self.config, self.dmc = config, settings
+        self.config, self.dmc = dataclasses.replace(config, adapter=has_adapter(settings)), settings
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape, scale):
@@ -38,6 +40,12 @@ class RandomSource:
                 "mlp.down_proj": random(hidden, ffn, scale=1 / ffn**0.5),
             }
             layer["self_attn.k_proj"][config.head_dim - 1 :: config.head_dim] *= 4 / 1.5
+            if self.config.adapter:
+                layer["self_attn.dms_proj_alpha_norm"] = 1 + random(hidden, scale=0.1)
+                layer["self_attn.dms_proj_alpha"] = random(config.num_kv_heads, hidden, scale=0.04 / hidden**0.5)
+            elif settings is not None and settings.method == DMS:
+                group_size = config.queries_per_kv_head * config.head_dim
+                layer["self_attn.q_proj"][config.head_dim - 1 :: group_size] *= 4 / 1.5
             self.tensors |= {f"{prefix}.{name}.weight": tensor for name, tensor in layer.items()}
         self.tensors["model.norm.weight"] = 1 + random(hidden, scale=0.1)
         if not config.tie_word_embeddings:

@@ -44,7 +44,7 @@ class Newest(Dense):
         entry_BG = torch.where(is_full_BG, oldest_BG, length_BG).to(torch.int32)
         return Update(update.k_TGD, update.v_TGD, entry_BG, {"overwritten": overwritten_BG + is_full_BG.int()})
 
-    def end_prompt(self, tokens, update, caches):
+    def survivors(self, tokens, update, caches):
         """A prompt is read densely, then cut."""
         length_BG1 = caches.length_BG.long().unsqueeze(-1)
         if int(length_BG1.max()) <= self.budget:

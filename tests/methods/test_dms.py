@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
@@ -14,6 +16,7 @@ from megatron_dmc.methods import DMS, Dense, dms
 from megatron_dmc.ops.borrowed import FIRST_QUERY
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.rope import apply_rope, inverse_frequencies
+from tests.inference.paged_decode import paged_decode
 from tests.ops.comparison import assert_same
 from tests.tolerances import OUTPUT
 
@@ -102,7 +105,7 @@ def make_case(
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     scalars = (length, 2, num_kv_heads)
-    settings = DMCConfig(
+    config = DMCConfig(
         "dms",
         window_size=window_size,
         decided_by=decided_by,
@@ -110,9 +113,9 @@ def make_case(
         decision_bias=BIAS,
         temperature=0.5,
     )
-    q, k, v, adapter = normal(length, 2, num_heads, head_dim), normal(*scalars, head_dim), normal(*scalars, head_dim), 0
+    q, k, v = normal(length, 2, num_heads, head_dim), normal(*scalars, head_dim), normal(*scalars, head_dim)
     adapter = (normal(*scalars) + BIAS) / 100
-    return Case(q, k, v, adapter, settings, None if hard else normal(*scalars))
+    return Case(q, k, v, adapter, config, None if hard else normal(*scalars))
 
 
 EVERY_FORM = pytest.mark.parametrize(
@@ -147,9 +150,8 @@ def test_documents_are_computed_as_if_alone(decided_by: str, decision_source: st
 
 
 def test_nothing_is_borrowed_where_an_adapter_decides() -> None:
-    settings = DMCConfig("dms", decision_source="adapter")
     case = make_case(decision_source="adapter", window_size=40)
-    found = DMS(settings).whole(*case.inputs[:3], case.geometry, adapter_SBG=case.adapter_SBG).output
+    found = DMS(case.settings).whole(*case.inputs[:3], case.geometry, adapter_SBG=case.adapter_SBG).output
     expected = Dense().whole(*case.inputs[:3], case.geometry).output
     torch.testing.assert_close(found, expected, rtol=0, atol=OUTPUT[torch.float64])
 
@@ -174,7 +176,7 @@ def test_zero_out_fades_the_first_query_head_of_each_kv_head_alone(neuron_scale:
 
 
 def test_every_decision_counts_once() -> None:
-    """In the statistic of the loss the first token's as well, in the cache only where there is a token to decide about."""
+    """In the statistic of the loss the first token's as well, in the cache only where it is about a token."""
     logits = torch.tensor([1.0, -1.0, 1.0, 1.0]).view(4, 1, 1)
     first = torch.tensor([True, False, False, True]).view(4, 1)
     own, following = (
@@ -191,3 +193,69 @@ def test_shapes_that_differ_are_refused() -> None:
         DMS(case.settings).whole(*case.inputs[:3], case.geometry, noise=lambda heads: torch.zeros(3))
     with pytest.raises(ValueError, match="the geometry was made for"):
         DMS(case.settings).whole(*case.inputs[:3], Geometry(21, 2, inverse_frequencies(16, ROPE_THETA)))
+
+
+def one_by_one(case: Case, passes: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """See :func:`paged_decode`."""
+    return paged_decode(
+        case.q_SBND,
+        case.k_SBGD,
+        case.v_SBGD,
+        DMS(case.settings),
+        ROPE_THETA,
+        passes,
+        case.adapter_SBG,
+    )
+
+
+def entries_by_definition(case: Case) -> Tensor:
+    """int32 [S, B, G]: tokens that are not evicted after each position."""
+    decided = (
+        DMS(case.settings)
+        .whole(case.q_SBND, case.k_SBGD, case.v_SBGD, case.geometry, adapter_SBG=case.adapter_SBG)
+        .decisions
+    )
+    marked_SBG = decided.taken
+    if case.settings.decided_by == "next":
+        marked_SBG = torch.cat((marked_SBG[1:], torch.zeros_like(marked_SBG[:1])))
+    length = len(marked_SBG)
+    gone_SBG = [marked_SBG[: max(0, t - case.settings.window_size)].sum(0) for t in range(length)]
+    return torch.arange(1, length + 1).view(-1, 1, 1) - torch.stack(gone_SBG)
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("passes", [(), (23,), (1, 9, 2, 20), (40,)])
+@pytest.mark.parametrize("window_size", [0, 1, 5, 16])
+def test_decoding_equals_whole_sequences(
+    window_size: int, passes: tuple[int, ...], decided_by: str, decision_source: str
+) -> None:
+    """The contract of the package, for one layer: outputs and entries, whatever parts a text is read in."""
+    case = make_case(
+        window_size=window_size, decided_by=decided_by, decision_source=decision_source, dtype=torch.float32
+    )
+    expected = case.whole(*case.inputs)
+    found, lengths = one_by_one(case, passes)
+    torch.testing.assert_close(found, expected, rtol=0, atol=OUTPUT[torch.float32])
+    known = lengths[:, 0, 0] >= 0
+    assert torch.equal(lengths[known].long(), entries_by_definition(case)[known])
+    if window_size < 16:
+        assert lengths[-1].float().mean() < 36
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_cuts_of_a_text_leave_the_same_cache(data: st.DataObject) -> None:
+    """Entries as sets, and what the next tokens do with them; parts come between single tokens, too."""
+    length = data.draw(st.integers(2, 40))
+    case = make_case(
+        length,
+        window_size=data.draw(st.sampled_from([0, 1, 5, 16])),
+        decided_by=data.draw(st.sampled_from(["own", "next"])),
+        dtype=torch.float32,
+    )
+    passes = []
+    while sum(passes) < length:
+        passes.append(data.draw(st.integers(1, min(9, length - sum(passes)))))
+    found, lengths = one_by_one(case, tuple(passes))
+    torch.testing.assert_close(found, case.whole(*case.inputs), rtol=0, atol=OUTPUT[torch.float32])
+    assert torch.equal(lengths[-1].long(), entries_by_definition(case)[-1])

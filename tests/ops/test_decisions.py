@@ -17,6 +17,18 @@ def test_importance_is_the_mean_over_the_query_heads_of_a_group(num_heads: int, 
         torch.testing.assert_close(found[:, :, g], q[:, :, g * group : (g + 1) * group, -1].mean(-1) + 5)
 
 
+def test_evictions_are_read_from_the_first_query_head_of_a_group() -> None:
+    q = torch.randn(5, 2, 6, 8)
+    found = decisions.first_query_logits(q, 3, 5.0)
+    assert torch.equal(found, q[:, :, ::2, -1] - 5)
+    assert decisions.first_query_logits(q.bfloat16(), 3, 5.0).dtype == torch.float32
+
+
+def test_an_adapter_is_scaled() -> None:
+    adapter = torch.tensor([[-0.1, 0.0, 0.05, 0.1]])
+    torch.testing.assert_close(decisions.adapter_logits(adapter, 5.0), torch.tensor([[-15.0, -5.0, 0.0, 5.0]]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_logits_are_at_least_float32(dtype: torch.dtype) -> None:
     k = torch.randn(5, 2, 3, 8).to(dtype)

@@ -13,9 +13,11 @@ from megatron_dmc.ops.attention_weights import decode_weights
 from megatron_dmc.ops.paged_attention import (
     paged_attention,
     paged_attention_to_chunks,
+    read_keys,
     reference,
     work_list,
 )
+from megatron_dmc.ops.paged_attention.entries import read_values
 from tests.ops.random_caches import random_cache
 
 
@@ -52,6 +54,25 @@ def test_quantised_entries_equal_reference(kv_dtype, open_entries):
     outputs, lses = paged_attention_to_chunks(q_BND, [1, 1, 1], *cache)
     torch.testing.assert_close(outputs.transpose(0, 1), output, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lses.transpose(0, 1), lse_BN, atol=1e-5, rtol=1e-5)
+
+
+def test_entries_that_only_the_first_queries_see():
+    """Each query as if it were the only one, over the entries that it sees; more queries than are scored at once."""
+    counts, (kv, table, length_BG) = [150, 1, 20], random_cache(ragged(3, 2, 20), 16, 8)
+    q_TND = queries(sum(counts), 4, 16)
+    num_queries_BGE = torch.randint(0, 150, (3, 2, 24), dtype=torch.int32, generator=torch.Generator().manual_seed(5))
+    num_queries_BGE[:, :, ::3] = torch.iinfo(torch.int32).max
+    outputs, lses = paged_attention_to_chunks(q_TND, counts, kv, table, length_BG, num_queries_BGE)
+    for place, (row, query) in enumerate((row, query) for row, count in enumerate(counts) for query in range(count)):
+        for head in range(4):
+            length = int(length_BG[row, head // 2])
+            place_11E = torch.arange(length).view(1, 1, -1)
+            cache = (kv, table[row : row + 1, head // 2 : head // 2 + 1], place_11E, torch.float32)
+            seen_E = num_queries_BGE[row, head // 2, :length] > query
+            k_ED, v_ED = (read(*cache)[0, 0][seen_E] for read in (read_keys, read_values))
+            scores = k_ED @ q_TND[place, head] / 4
+            torch.testing.assert_close(lses[head, place], scores.logsumexp(0), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(outputs[head, place], scores.softmax(0) @ v_ED, atol=1e-5, rtol=1e-5)
 
 
 def test_open_entries_are_read_as_they_are():

@@ -42,6 +42,9 @@ class LayerWeights:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     """Norms over the channels of each query and key head, in families that have them."""
+    decision_norm: Tensor | None = None
+    decision: Tensor | None = None
+    """The adapter that decides, in models that have one: norm and projection of the hidden state, float32."""
 
 
 class Decoder:
@@ -86,7 +89,7 @@ class Decoder:
     def _load(self, source: Source) -> None:
         config = self.config
 
-        def load(role: str, layer: int | None = None) -> Tensor:
+        def load(role: str, layer: int | None = None, dtype: torch.dtype = self.dtype) -> Tensor:
             name = hf_name(config, role, layer)
             entry, place = by_hf_name(config)[name]
             shape, axis = entry.hf_shapes(config)[place], entry.row.layout.axis
@@ -97,7 +100,7 @@ class Decoder:
                 tensor, shape = source.tensor(name, cut), cut.shape(shape)
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: the model's configuration says {shape}")
-            return tensor.to(self.device, self.dtype)
+            return tensor.to(self.device, dtype)
 
         def load_layer(layer: int) -> LayerWeights:
             return LayerWeights(
@@ -109,6 +112,8 @@ class Decoder:
                 down=Linear(load("down", layer)),
                 q_norm=load("q_norm", layer) if config.qk_norm else None,
                 k_norm=load("k_norm", layer) if config.qk_norm else None,
+                decision_norm=load("decision_norm", layer, torch.float32) if config.adapter else None,
+                decision=load("decision", layer, torch.float32) if config.adapter else None,
             )
 
         self.embedding = load("embedding")
@@ -215,7 +220,7 @@ class Decoder:
         """Hidden states [..., H] of tokens [...]."""
         hidden = self.parallel.embedding(tokens, self.embedding, self.config.vocab_size)
         for index, layer in enumerate(self.layers):
-            mixed = attention(index, *self._project(hidden, layer)).flatten(-2)
+            mixed = attention(index, *self._project(hidden, layer), self._adapt(hidden, layer)).flatten(-2)
             hidden += self.parallel.sum(layer.attention_output(mixed))
             gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
             hidden += self.parallel.sum(layer.down(F.silu(gate, inplace=True).mul_(up)))
@@ -230,6 +235,15 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         return q, k, v
+
+    def _adapt(self, hidden: Tensor, layer: LayerWeights) -> Tensor | None:
+        """What the adapter of a layer makes of the states before its first norm, float32 [..., G of this rank].
+
+        Whatever the dtype of the model: rounding would change decisions.
+        """
+        if layer.decision_norm is None or layer.decision is None:
+            return None
+        return F.linear(self._norm(hidden.float(), layer.decision_norm), layer.decision)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm in float32; multiplied by ``weight`` in the dtype of ``x``."""

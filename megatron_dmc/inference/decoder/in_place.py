@@ -51,7 +51,7 @@ class InPlaceAttention:
         self.work = work_list(torch.where(rows_B.unsqueeze(-1) < 0, 0, length_LBG + 1))
 
     @torch.no_grad()
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, adapter: Tensor | None = None) -> Tensor:
         caches = self.layers[layer]
         tokens = NewTokens(q, k, v, self.position_B, self.cos_BC, self.sin_BC)
         q_BND, _ = update_caches(

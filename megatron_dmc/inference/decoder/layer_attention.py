@@ -25,8 +25,11 @@ from megatron_dmc.ops.geometry import Geometry
 class Attention(Protocol):
     """What a layer calls between its projections."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[..., N, D] from queries [..., N, D] and keys and values [..., G, D] before RoPE; layers count from 0."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, adapter: Tensor | None = None) -> Tensor:
+        """[..., N, D] from queries [..., N, D] and keys and values [..., G, D] before RoPE; layers count from 0.
+
+        ``adapter``: float32 [..., G], what the model's adapter makes of the hidden states, if it has one.
+        """
 
 
 @dataclass
@@ -63,8 +66,9 @@ class WholeAttention:
     ) -> None:
         self.method, self.geometry, self.trace, self.parallel = method, geometry, trace, parallel
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        output, decisions = self.method.whole(q, k, v, self.geometry, ranks=self.parallel.ranks)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, adapter: Tensor | None = None) -> Tensor:
+        ranks = self.parallel.ranks
+        output, decisions = self.method.whole(q, k, v, self.geometry, adapter_SBG=adapter, ranks=ranks)
         if self.trace is not None:
             self.trace.add(decisions, k.shape[2])
         return output
@@ -92,15 +96,15 @@ class CachedAttention:
         self.method, self.cache, self.step, self.trace, self.parallel = method, cache, step, trace, parallel
 
     @torch.no_grad()
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tokens = Tokens(q, k, v, self.step)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, adapter: Tensor | None = None) -> Tensor:
+        tokens = Tokens(q, k, v, self.step, adapter)
         update = self.method.absorb(tokens, *self.cache.before(layer, self.step))
         caches = self._write(layer, update)
         output = self.method.attend(tokens, update, caches)
         if self.step.decodes:
             self.cache.set_state(layer, self.step, self.method.observe(tokens, update, caches))
         else:
-            keep = self.method.end_prompt(tokens, update, caches) if self.step.ends_prompt else None
+            keep = self.method.survivors(tokens, update, caches)
             self.cache.set_state(layer, self.step, update.state)
             if keep is not None:
                 self.cache.compact(layer, self.step, keep)

@@ -7,6 +7,6 @@ for stock kernels (``flash``, with ``blockwise`` where there is none), puts the 
 """
 
 from megatron_dmc.ops.masked_attention.bias import HIDDEN
-from megatron_dmc.ops.masked_attention.piecewise import masked_attention
+from megatron_dmc.ops.masked_attention.piecewise import attend_masked, masked_attention
 
-__all__ = ["HIDDEN", "masked_attention"]
+__all__ = ["HIDDEN", "attend_masked", "masked_attention"]

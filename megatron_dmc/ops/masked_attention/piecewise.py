@@ -55,6 +55,22 @@ def masked_attention(
     return _MaskedAttention.apply(q_TBND, k_SBGD, v_SBGD, key_bias_SBG, plan)
 
 
+def attend_masked(
+    q_TBND: Tensor,
+    k_SBGD: Tensor,
+    v_SBGD: Tensor,
+    key_bias_SBG: Tensor | None,
+    geometry: Geometry,
+    *,
+    free_window: int | None = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`masked_attention` outside autograd: output [T, B, N, D], and log-sum-exp of the scores [B, N, T]."""
+    near = _heads_first(q_TBND, k_SBGD, v_SBGD)
+    plan = plan_attention(geometry, free_window, q_TBND.shape[-1])
+    out, lse = attend(plan, near, _padded(near, key_bias_SBG, plan.scale))
+    return out.permute(2, 0, 1, 3), lse
+
+
 def plan_attention(geometry: Geometry, free_window: int | None, head_dim: int) -> Plan:
     """The pieces of a geometry, cut once. Raises ``ValueError`` on a negative window."""
     if free_window is not None and free_window < 0:

@@ -38,14 +38,16 @@ def paged_attention_to_chunks(
     kv: PagedKV,
     block_table_BGM: Tensor,
     cache_seqlens_BG: Tensor,
+    num_queries_BGE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of several queries per sequence, each over all of its sequence's cache.
+    """Attention of several queries per sequence, each over all of its sequence's cache, or a part that shrinks.
 
     Args:
         q_TND: rotated queries, those of one sequence after those of another.
         counts: queries of each sequence.
         kv, block_table_BGM, cache_seqlens_BG: as in :func:`megatron_dmc.ops.paged_attention.paged_attention`; lengths
             may be 0.
+        num_queries_BGE: int32 how many of its sequence's queries, the first ones, see each entry; None: all of them.
 
     Returns:
         Output [N, T, D] in the dtype of ``q_TND``, and log-sum-exp of the scores [N, T], -inf over no entries.
@@ -59,19 +61,28 @@ def paged_attention_to_chunks(
         row = slice(index, index + 1)
         cache = (kv.of_rows(row), block_table_BGM[row], places_1GE, q_TND.dtype)
         k_GED, v_GED = read_keys(*cache)[0], read_values(*cache)[0]
-        found += [_attend_blockwise(q, k_GED, v_GED, filled_GE) for q in q_ND.split(BLOCK)]
+        seen_GE = None if num_queries_BGE is None else num_queries_BGE[index, :, : len(entry_E)]
+        for start, q in zip(range(0, len(q_ND), BLOCK), q_ND.split(BLOCK), strict=True):
+            left_GE = None if seen_GE is None else seen_GE - start
+            found.append(_attend_blockwise(q, k_GED, v_GED, filled_GE, left_GE))
     outputs, lses = zip(*found, strict=True)
     return torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
 
 
-def _attend_blockwise(q_TND: Tensor, k_GED: Tensor, v_GED: Tensor, filled_GE: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_blockwise(
+    q_TND: Tensor, k_GED: Tensor, v_GED: Tensor, filled_GE: Tensor, num_queries_GE: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Output [N, T, D] and log-sum-exp [N, T] of a few queries."""
     dtype = accumulation_dtype(q_TND.dtype)
     q_GRTD = q_TND.transpose(0, 1).unflatten(0, (len(k_GED), -1)).to(dtype)
     # Slots beyond the length of a head may hold anything; its values must not be NaN for a weight of 0.
     v_GED = v_GED.to(dtype).masked_fill(~filled_GE.unsqueeze(-1), 0.0)
     scores = torch.einsum("grtd,ged->grte", q_GRTD, k_GED.to(dtype)) * q_TND.shape[-1] ** -0.5
-    scores = scores.masked_fill(~filled_GE[:, None, None], -torch.inf)
+    seen_GTE = filled_GE.unsqueeze(1)
+    if num_queries_GE is not None:
+        query_T1 = torch.arange(len(q_TND), device=q_TND.device).unsqueeze(-1)
+        seen_GTE = seen_GTE & (query_T1 < num_queries_GE.unsqueeze(1))
+    scores = scores.masked_fill(~seen_GTE.unsqueeze(1), -torch.inf)
     lse_GRT = scores.logsumexp(-1)
     weights = torch.exp(scores - lse_GRT.nan_to_num(neginf=0.0)[..., None])
     output = torch.einsum("grte,ged->grtd", weights, v_GED)

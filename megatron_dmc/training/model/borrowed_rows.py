@@ -15,7 +15,8 @@ def clear_borrowed_rows(model: Any) -> None:
     """Set the rows (and biases, if any) to zero, in place, so that decisions start at ``sigmoid(-decision_bias)``.
 
     Where queries and keys are normalised and every head lends a channel, the norm passes it on unscaled:
-    ``models.borrowed_channel`` says why. Tensor parallelism cuts ``linear_qkv`` between groups, so a rank's part has the order of the whole.
+    ``models.borrowed_channel`` says why. Tensor parallelism cuts ``linear_qkv`` between groups, so a rank's part has
+    the order of the whole.
     """
     config = model.config
     borrowed = borrowed_by(config.dmc)
