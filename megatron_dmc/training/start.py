@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.config import ADAPTER, DMCConfig
+from megatron_dmc.config import DMCConfig, has_adapter
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.runs.completeness import outcome_of
 from megatron_dmc.stages import OFF, find_stage
@@ -105,7 +105,7 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
         resumes=False,
         clears_rows=stage.clears_rows(base_stage),
         first_sample=consumed,
-        creates_adapters=settings.decision_source == ADAPTER and stage.compresses and not base_stage.compresses,
+        creates_adapters=has_adapter(settings) and not has_adapter(stored.dmc),
         checkpoint=checkpoint,
         origin=os.path.realpath(base) if base_stage is OFF else _origin(stored.args),
     )

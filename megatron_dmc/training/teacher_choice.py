@@ -80,11 +80,11 @@ def find_teacher(settings: DMCConfig, directory: str | None, student: ModelConfi
 
 
 def _check_shape(directory: str, teacher: ModelConfig, student: ModelConfig) -> None:
-    """They must be one model; how their numbers are stored may differ."""
+    """They must be one model, apart from how its numbers are stored, and from what a retrofit adds."""
     different = [
         f"{field.name}={getattr(teacher, field.name)!r}, the student {getattr(student, field.name)!r}"
         for field in dataclasses.fields(ModelConfig)
-        if field.name != "dtype" and getattr(teacher, field.name) != getattr(student, field.name)
+        if field.name not in ("dtype", "adapter") and getattr(teacher, field.name) != getattr(student, field.name)
     ]
     if different:
         raise ValueError(f"{FLAG} {directory}: another model than the student; it has {'; it has '.join(different)}")

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequ
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_dmc.config import ADAPTER
+from megatron_dmc.config import has_adapter
 from megatron_dmc.methods import Dense, method_of
 from megatron_dmc.methods.base import Ranks
 from megatron_dmc.methods.decisions import Decisions
@@ -38,7 +38,7 @@ class DMCSelfAttention(SelfAttention):
 
     def __init__(self, config: DMCTransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        if config.dmc.compresses and config.dmc.decision_source == ADAPTER:
+        if has_adapter(config.dmc):
             self.decision_norm = DMCRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
             self.decision = ColumnParallelLinear(
                 config.hidden_size,

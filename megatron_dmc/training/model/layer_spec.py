@@ -9,7 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.training.models.gpt import default_layer_spec
 
-from megatron_dmc.config import ADAPTER, DMCConfig
+from megatron_dmc.config import DMCConfig, has_adapter
 from megatron_dmc.training.model.adapter import AdapterLayer
 from megatron_dmc.training.model.attention import DMCSelfAttention, MethodCoreAttention
 from megatron_dmc.training.model.norm import DMCRMSNorm
@@ -18,7 +18,7 @@ from megatron_dmc.training.model.norm import DMCRMSNorm
 def with_compressing_attention(layer_spec: ModuleSpec, settings: DMCConfig) -> ModuleSpec:
     """A copy of a GPT layer spec whose self-attention is ours; linears and norms stay."""
     layer_spec = copy.deepcopy(layer_spec)
-    if settings.compresses and settings.decision_source == ADAPTER:
+    if has_adapter(settings):
         layer_spec.module = AdapterLayer
     attention = layer_spec.submodules.self_attention
     attention.module = DMCSelfAttention
