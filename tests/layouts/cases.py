@@ -81,7 +81,7 @@ DISTILLED_TIED = Variant(run=("--dmc-distill", "forward"), is_taught=True, tied=
 _DMS = ("--dmc-method", "dms", "--dmc-window-size", "6")
 _ADAPTER = (*_DMS, "--dmc-decision-source", "adapter")
 _ALONE = ("--dmc-train", "decisions", "--dmc-distill", "forward")
-DMS = Variant(method=_DMS, run=("--dmc-distill", "reverse"), is_taught=True)
+DMS = Variant(method=_DMS, run=("--dmc-distill", "reverse"), is_taught=True, target_cr=1.58)
 ADAPTER = Variant(method=_ADAPTER, run=_ALONE)
 ADAPTER_WITH_ALL = Variant(method=_ADAPTER, run=("--dmc-decided-by", "next"))
 ADAPTER_FROM_PLAIN = Variant(stage="retrofit", method=_ADAPTER, run=_ALONE)

@@ -69,6 +69,7 @@ class Variant:
         stage: of the run; the checkpoint is of the stage before.
         method: flags of the method, of the run and of its checkpoint.
         is_taught: learns from the plain model of the same shape.
+        target_cr: ratio asked for; see ``TARGET_CR``.
     """
 
     model: tuple[tuple[str, object], ...] = ()
@@ -77,6 +78,7 @@ class Variant:
     stage: str = "consolidate"
     method: tuple[str, ...] = ()
     is_taught: bool = False
+    target_cr: float = TARGET_CR
 
     @property
     def base(self) -> Variant:
@@ -143,7 +145,7 @@ class Laboratory:
             "data_cache_path": self._directory / "cache",
             "dmc_stage": variant.stage,
             "dmc_decision_bias": DECISION_BIAS,
-            "dmc_target_cr": TARGET_CR,
+            "dmc_target_cr": variant.target_cr,
         }
         merged = _MODEL | _RUN | dict(variant.model) | ours | flags
         argv = ["--group-query-attention"]

@@ -27,7 +27,6 @@ from tests.layouts.cases import (
     ZERO_OUT,
     ZERO_OUT_DOCUMENTS,
 )
-from tests.layouts.laboratory import TARGET_CR
 
 FEW_STEPS = 3
 STEPS = 20
@@ -71,7 +70,7 @@ def test_layout_agrees(laboratory, layout):
     variant, where = QUICK[layout], LAYOUTS[layout]
     run = laboratory.train(variant, where.ranks, where.switches, train_iters=FEW_STEPS)
     reference = laboratory.reference(variant, FEW_STEPS)
-    assert_telling(reference, TARGET_CR)
+    assert_telling(reference, variant.target_cr)
     assert_agree(run, reference)
 
 
@@ -81,7 +80,7 @@ def test_layout_agrees_for_20_steps(laboratory, layout):
     where = LAYOUTS[layout]
     run = laboratory.train(WHOLE_SEGMENT, where.ranks, where.switches, train_iters=STEPS)
     reference = laboratory.reference(WHOLE_SEGMENT, STEPS)
-    assert_telling(reference, TARGET_CR)
+    assert_telling(reference, WHOLE_SEGMENT.target_cr)
     assert_agree(run, reference)
 
 
@@ -91,7 +90,7 @@ def test_layout_agrees_for_every_model(laboratory, model, layout):
     variant, where = MODELS[model][0], LAYOUTS[layout]
     run = laboratory.train(variant, where.ranks, where.switches, train_iters=FEW_STEPS)
     reference = laboratory.reference(variant, FEW_STEPS)
-    assert_telling(reference, TARGET_CR)
+    assert_telling(reference, variant.target_cr)
     assert_agree(run, reference)
 
 
