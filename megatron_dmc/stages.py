@@ -116,7 +116,7 @@ class Stage:
     raises_target: bool = False
     target_cr: Callable[[int, int, float], float] = no_compression
     neuron_scale: Callable[[int, int, float], float] = no_neuron
-    published: Mapping[tuple[str, str], Published] = field(default_factory=dict)
+    published: Mapping[tuple[str, str], Published] = field(default_factory=dict, hash=False)
 
     @property
     def frees_channel(self) -> bool:
