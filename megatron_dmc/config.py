@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dmc.stages import RETROFIT, STAGES, find_stage
+from megatron_dmc.stages import ADAPTER, DMC, DMS, NEURON, RETROFIT, STAGES, Published, find_stage
 
 SCHEMA_VERSION = 2
 """Version of the settings as they are stored in checkpoints and exported models."""
@@ -20,9 +20,7 @@ SCHEMA_VERSION = 2
 SINCE_2 = ("method", "decision_source", "decided_by", "steps_per_unit", "train", "distill")
 """Settings that version 1 did not have. It knew one method, and their defaults say what it did."""
 
-DMC, DMS = "dmc", "dms"
 METHODS = (DMC, DMS)
-NEURON, ADAPTER = "neuron", "adapter"
 DECISION_SOURCES = (NEURON, ADAPTER)
 OWN, NEXT = "own", "next"
 DECIDED_BY = (OWN, NEXT)
@@ -207,6 +205,17 @@ class DMCConfig:
     def borrows_channel(self) -> bool:
         """Whether decisions are read from channels of heads that attention has lent (or is about to lend)."""
         return self.retrofits and self.decision_source == NEURON
+
+    @property
+    def published(self) -> Published:
+        """How the authors of the method train this stage."""
+        return find_stage(self.stage).published.get((self.method, self.decision_source), Published())
+
+    def ramp_steps(self, stage_steps: int) -> float:
+        """Steps in which the ratio asked for rises in a stage of ``stage_steps``."""
+        if self.steps_per_unit is None:
+            return stage_steps
+        return max(1.0, self.steps_per_unit * (self.target_cr - 1.0))
 
     def to_dict(self) -> dict[str, Any]:
         """All settings and the schema version, ready for JSON."""

@@ -1,30 +1,36 @@
 """The stages of a retrofit ([DMC] section 3.3): each is one object, and nobody else knows a stage by its name.
 
+Published lengths and learning rates: of DMC in [DMC] section 4; of DMS's ramp in [DMS] section 4, its ``zero_out`` and
+rate in the recipe of FastDMS; of its adapter in the code of [DMS].
+
 What changes during a stage is a pure function of step, length of the stage and settings. Nothing here has a state: a
 resumed run needs only its step. Steps are 0-based: those done before the one that is asked about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+DMC, DMS = "dmc", "dms"
+NEURON, ADAPTER = "neuron", "adapter"
 
 ZERO_OUT_STEPS = 250
 """The published length ([DMC] section 4). In far fewer the model cannot learn to do without the channel: five steps
 raised the perplexity of SmolLM2-135M from 7.76 to 10.82 (measured with this package)."""
 
 
-def no_compression(step: int, stage_steps: int, final_cr: float) -> float:
+def no_compression(step: int, ramp_steps: float, final_cr: float) -> float:
     """The cache of an uncompressed model."""
     return 1.0
 
 
-def rising_ratio(step: int, stage_steps: int, final_cr: float) -> float:
-    """A line from 1 that reaches ``final_cr`` in the last step and stays there."""
-    return 1.0 + (final_cr - 1.0) * min(1.0, (step + 1) / stage_steps)
+def rising_ratio(step: int, ramp_steps: float, final_cr: float) -> float:
+    """A line from 1 that reaches ``final_cr`` in the last step of the ramp and stays there."""
+    return 1.0 + (final_cr - 1.0) * min(1.0, (step + 1) / ramp_steps)
 
 
-def final_ratio(step: int, stage_steps: int, final_cr: float) -> float:
+def final_ratio(step: int, ramp_steps: float, final_cr: float) -> float:
     """``final_cr`` from the first step on."""
     return final_cr
 
@@ -44,19 +50,14 @@ def no_neuron(step: int, stage_steps: int, zero_out_fraction: float) -> float:
     return 0.0
 
 
-def published_zero_out(final_cr: float) -> int:
-    """The same for every ratio."""
-    return ZERO_OUT_STEPS
+def of_any_ratio(steps: int) -> Callable[[float], int]:
+    """A length that is the same for every ratio."""
+    return lambda final_cr: steps
 
 
-def published_retrofit(final_cr: float) -> int:
-    """6,000 steps per unit of the ratio above 1."""
-    return round(6000 * (final_cr - 1.0))
-
-
-def published_consolidate(final_cr: float) -> int:
-    """The same for every ratio."""
-    return 2000
+def per_unit(steps: int) -> Callable[[float], int]:
+    """A length of ``steps`` per unit of the ratio above 1."""
+    return lambda final_cr: round(steps * (final_cr - 1.0))
 
 
 def accumulate_fraction(compression_ratio: float) -> float:
@@ -79,6 +80,21 @@ class LearningRate:
 
 
 @dataclass(frozen=True)
+class Published:
+    """How a method's authors train a stage.
+
+    Attributes:
+        steps: final ratio -> length; None where none is published.
+        learning_rate: None leaves it to Megatron's flags.
+        harmless_steps: fewer are known to harm the model; 0 where none are.
+    """
+
+    steps: Callable[[float], int] | None = None
+    learning_rate: LearningRate | None = None
+    harmless_steps: int = 0
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage.
 
@@ -88,11 +104,9 @@ class Stage:
         retrofits: it is part of a retrofit; without it the stage builds Megatron's own model and nothing of ours.
         compresses: decisions are taken and the cache shrinks.
         raises_target: the ratio asked for rises during the stage, which may therefore end early at a ratio.
-        target_cr: (step, length of the stage, final ratio) -> compression ratio that the loss asks for.
+        target_cr: (step, steps in which the ratio rises, final ratio) -> compression ratio that the loss asks for.
         neuron_scale: (step, length of the stage, ``zero_out_fraction``) -> factor of the borrowed channels.
-        learning_rate: the published one ([DMC] section 4); None leaves it to Megatron's flags.
-        published_steps: final ratio -> published length ([DMC] section 4); None for a stage that has none.
-        harmless_steps: fewer are known to harm the model; 0 where none are.
+        published: (method, source of its decisions) -> how its authors train the stage.
     """
 
     name: str
@@ -102,9 +116,7 @@ class Stage:
     raises_target: bool = False
     target_cr: Callable[[int, int, float], float] = no_compression
     neuron_scale: Callable[[int, int, float], float] = no_neuron
-    learning_rate: LearningRate | None = None
-    published_steps: Callable[[float], int] | None = None
-    harmless_steps: int = 0
+    published: Mapping[tuple[str, str], Published] = field(default_factory=dict, hash=False)
 
     @property
     def frees_channel(self) -> bool:
@@ -138,9 +150,10 @@ ZERO_OUT = Stage(
     "zero_out",
     follows=("off",),
     neuron_scale=fading_neuron,
-    learning_rate=LearningRate(3e-5, 3e-5),
-    published_steps=published_zero_out,
-    harmless_steps=ZERO_OUT_STEPS,
+    published={
+        (DMC, NEURON): Published(of_any_ratio(ZERO_OUT_STEPS), LearningRate(3e-5, 3e-5), ZERO_OUT_STEPS),
+        (DMS, NEURON): Published(of_any_ratio(2000), LearningRate(1e-5, 1e-5)),
+    },
 )
 RETROFIT = Stage(
     "retrofit",
@@ -148,16 +161,18 @@ RETROFIT = Stage(
     compresses=True,
     raises_target=True,
     target_cr=rising_ratio,
-    learning_rate=LearningRate(3e-5, 3e-5),
-    published_steps=published_retrofit,
+    published={
+        (DMC, NEURON): Published(per_unit(6000), LearningRate(3e-5, 3e-5)),
+        (DMS, NEURON): Published(per_unit(100), LearningRate(1e-5, 1e-5)),
+        (DMS, ADAPTER): Published(per_unit(34), LearningRate(3e-5, 3e-5)),
+    },
 )
 CONSOLIDATE = Stage(
     "consolidate",
     follows=("retrofit",),
     compresses=True,
     target_cr=final_ratio,
-    learning_rate=LearningRate(3e-5, 3e-6, "cosine"),
-    published_steps=published_consolidate,
+    published={(DMC, NEURON): Published(of_any_ratio(2000), LearningRate(3e-5, 3e-6, "cosine"))},
 )
 
 STAGES: dict[str, Stage] = {}

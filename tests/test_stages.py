@@ -90,9 +90,22 @@ def test_neuron_fades_within_its_share_of_the_steps():
 
 
 def test_the_published_learning_rates_become_flags():
-    assert OFF.learning_rate is None
-    assert RETROFIT.learning_rate.flags() == {"--lr": "3e-05", "--lr-decay-style": "constant"}
-    assert CONSOLIDATE.learning_rate.flags()["--min-lr"] == "3e-06"
+    assert DMCConfig(stage="off").published.learning_rate is None
+    assert DMCConfig().published.learning_rate.flags() == {"--lr": "3e-05", "--lr-decay-style": "constant"}
+    assert DMCConfig(stage="consolidate").published.learning_rate.flags()["--min-lr"] == "3e-06"
+    assert DMCConfig("dms").published.learning_rate.flags()["--lr"] == "1e-05"
+    assert DMCConfig("dms", decision_source="adapter").published.learning_rate.flags()["--lr"] == "3e-05"
+
+
+@pytest.mark.parametrize(("steps_per_unit", "expected"), [(None, [1.5, 2.0, 2.5, 3.0]), (1, [2.0, 3.0, 3.0, 3.0])])
+def test_the_ratio_rises_over_the_stage_or_by_its_own_steps(steps_per_unit, expected):
+    settings = DMCConfig(target_cr=3.0, steps_per_unit=steps_per_unit)
+    ramp = settings.ramp_steps(4)
+    assert [RETROFIT.target_cr(step, ramp, 3.0) for step in range(4)] == pytest.approx(expected)
+
+
+def test_a_ramp_to_nothing_has_an_end():
+    assert RETROFIT.target_cr(0, DMCConfig(target_cr=1.0, steps_per_unit=100).ramp_steps(4), 1.0) == 1.0
 
 
 def test_a_stage_cannot_be_changed():

@@ -14,22 +14,15 @@ from pathlib import Path
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.recipes.recipe import Recipe, data_flags, published
 from megatron_dmc.runs.layout import CACHE_FOLDER
-from megatron_dmc.stages import (
-    CONSOLIDATE,
-    RETROFIT,
-    ZERO_OUT,
-    published_consolidate,
-    published_retrofit,
-    published_zero_out,
-)
+from megatron_dmc.stages import CONSOLIDATE, RETROFIT, ZERO_OUT
 from megatron_dmc.support.errors import EXIT_USER_ERROR
 from megatron_dmc.training.arguments import flag_list
 from megatron_dmc.training.run_defaults import SAVE_INTERVAL
 
 PUBLISHED_STEPS = {
-    ZERO_OUT: published_zero_out(4.0),
-    RETROFIT: published_retrofit(4.0),
-    CONSOLIDATE: published_consolidate(4.0),
+    stage: steps(4.0)
+    for stage in (ZERO_OUT, RETROFIT, CONSOLIDATE)
+    if (steps := DMCConfig(stage=stage.name).published.steps) is not None
 }
 """For a ratio of 4 ([DMC] section 4)."""
 

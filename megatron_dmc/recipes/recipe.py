@@ -49,8 +49,8 @@ class Training:
 
 
 def published(stage: Stage, steps: int, batch_size: int) -> Training:
-    """A stage with its published learning rate."""
-    rate = stage.learning_rate
+    """A stage of DMC with its published learning rate."""
+    rate = DMCConfig(stage=stage.name).published.learning_rate
     assert rate is not None
     return Training(steps, rate.first, rate.last, rate.decay, batch_size=batch_size)
 

@@ -12,7 +12,7 @@ from megatron_dmc.runs.layout import METRICS_FILE, is_control
 from megatron_dmc.stages import OFF
 from megatron_dmc.support.files import to_json, write_text
 
-MEASURED = ("lm_loss", "compression_loss", "measured_cr", "target_cr")
+MEASURED = ("lm_loss", "distillation_loss", "compression_loss", "measured_cr", "target_cr")
 """What a step measures. JSON has no word for a number that is not finite: ``null`` in a line, NaN when it is read."""
 
 

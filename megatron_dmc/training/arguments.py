@@ -59,7 +59,7 @@ REFUSED_FLAGS: dict[str, str] = {
     "--hybrid-context-parallel": "use --context-parallel-size alone",
     "--use-megatron-fsdp": _OWN_SHARDING,
     "--use-torch-fsdp2": _OWN_SHARDING,
-    "--freeze-all-layers": "freezing and LoRA do not exist here, all weights train",
+    "--freeze-all-layers": "--dmc-train says what learns: all weights, or adapters that decide; there is no LoRA",
     "--sft": "train on an indexed data set",
     "--reset-attention-mask": _OWN_DOCUMENTS,
     "--reset-position-ids": _OWN_DOCUMENTS,
@@ -116,6 +116,11 @@ def add_dmc_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--dmc-log-decisions",
         action="store_true",
         help="log per step what share of tokens each KV head merges, below --save; `report` draws it",
+    )
+    group.add_argument(
+        "--dmc-teacher",
+        help="checkpoint of stage off to learn from with --dmc-distill and --dmc-train all; default: the one that the "
+        "retrofit began with",
     )
     add_model_arguments(group)
     parser.set_defaults(dmc_schema_version=SCHEMA_VERSION)

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.rope import inverse_frequencies
 from megatron_dmc.stages import accumulate_fraction, find_stage
-from megatron_dmc.training.losses import compression_loss, language_model_loss
+from megatron_dmc.training.losses import compression_loss, sum_over_tokens
 from megatron_dmc.training.model.microbatch import Microbatch
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
@@ -93,7 +93,7 @@ def _microbatch(model: Any, config: Any, batch: dict[str, Any]) -> Microbatch:
     settings = config.dmc
     step, steps = args.curr_iteration, args.train_iters
     stage = find_stage(settings.stage)
-    ratio = stage.target_cr(step, steps, settings.target_cr)
+    ratio = stage.target_cr(step, settings.ramp_steps(steps), settings.target_cr)
     return Microbatch(
         geometry=_geometry(model, config, batch),
         step=step,
@@ -147,13 +147,18 @@ def _documents(cu_seqlens: Tensor | None, sequence_length: int) -> list[list[int
 
 
 def _loss(mask_BS: Tensor, microbatch: Microbatch | None, config: Any, loss_BS: Tensor) -> Any:
-    """Megatron's loss function: sum of the LM loss, number of tokens, and what is logged.
+    """Megatron's loss function: sum of the loss of tokens, their number, and what is logged.
 
-    The compression loss is only reported here; its gradient comes from the layers
+    ``loss_BS`` is the LM loss, or with a teacher the divergence from it; then the LM loss is only reported. The
+    compression loss is only reported here; its gradient comes from the layers
     (``model.decision_statistics``), or it would count twice.
     """
-    lm_sum, num_tokens = language_model_loss(loss_BS, mask_BS)
-    logged = {"lm loss": torch.stack([lm_sum.detach(), num_tokens.float()])}
+    loss_sum, num_tokens = sum_over_tokens(loss_BS, mask_BS)
+    mean = torch.stack([loss_sum.detach(), num_tokens.float()])
+    logged = {"lm loss": mean}
+    if microbatch is not None and microbatch.statistics.cross_entropy_BS is not None:
+        lm_sum, _ = sum_over_tokens(microbatch.statistics.cross_entropy_BS, mask_BS)
+        logged = {"lm loss": torch.stack([lm_sum, num_tokens.float()]), "distillation loss": mean}
     if microbatch is not None and microbatch.statistics.fraction_B is not None:
         fraction_B = microbatch.statistics.fraction_B
         hinge_B = config.dmc.loss_weight * compression_loss(fraction_B, microbatch.target_fraction)
@@ -164,4 +169,4 @@ def _loss(mask_BS: Tensor, microbatch: Microbatch | None, config: Any, loss_BS: 
             "compression ratio": torch.stack([count, (1 - fraction_B).sum().float()]),
             "target ratio": torch.stack([count / (1 - microbatch.target_fraction), count]),
         }
-    return lm_sum, num_tokens, logged
+    return loss_sum, num_tokens, logged

@@ -61,8 +61,9 @@ class Confinement:
         refusal: kept, because Megatron turns some errors into a silent exit.
     """
 
-    def __init__(self, checkpoint: CheckedCheckpoint | None) -> None:
+    def __init__(self, checkpoint: CheckedCheckpoint | None, teacher: CheckedCheckpoint | None = None) -> None:
         self._checkpoint = checkpoint
+        self._teacher = teacher
         self.refusal: ValueError | None = None
 
     def keeping(self, act: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +79,9 @@ class Confinement:
         return acting
 
     def open(self, path: Path) -> BinaryIO:
-        """Open a file of the checkpoint; ``ValueError`` for any other."""
+        """Open a file of the checkpoint or of the teacher's; ``ValueError`` for any other."""
+        if self._teacher is not None and os.path.realpath(path) in self._teacher.files:
+            return self._teacher.open(path)
         if self._checkpoint is None:
             raise ValueError(f"{path} is refused: this run starts from no checkpoint, so none was checked")
         return self._checkpoint.open(path)
@@ -105,8 +108,12 @@ class Confinement:
             raise
 
 
-def confine(checkpoint: CheckedCheckpoint | None) -> Confinement:
+def confine(checkpoint: CheckedCheckpoint | None, teacher: CheckedCheckpoint | None = None) -> Confinement:
     """From here on this process loads ``checkpoint`` and nothing else (None: nothing at all).
+
+    Args:
+        checkpoint: what the run starts from.
+        teacher: what a frozen teacher is loaded from, beside it.
 
     Raises:
         ImportError: the installed torch or Megatron unpickles in places that are not known here.
@@ -115,7 +122,7 @@ def confine(checkpoint: CheckedCheckpoint | None) -> Confinement:
     from megatron_dmc.data.check import check_index
     from megatron_dmc.seam.unpickling import Builders, route
 
-    confined = Confinement(checkpoint)
+    confined = Confinement(checkpoint, teacher)
 
     def load(source: Any, map_location: Any) -> Any:
         return unpickling.load(source, map_location, confined.open)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def language_model_loss(loss_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+def sum_over_tokens(loss_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the token losses that count, and their number (int32), both scalars."""
     mask = mask_BS.reshape(-1).float()
     return torch.sum(loss_BS.reshape(-1).float() * mask), mask.sum().to(torch.int32)

@@ -21,6 +21,7 @@ _STOP_FILE, _RATIO_REACHED = 1, 2
 
 LOGGED_NAMES = {
     "lm_loss": "lm loss",
+    "distillation_loss": "distillation loss",
     "compression_loss": "compression loss",
     "measured_cr": "compression ratio",
     "target_cr": "target ratio",

@@ -25,6 +25,8 @@ def dmc_model_config(args: Any, *, start: Start) -> DMCModelConfig:
     transformer = core_transformer_config_from_args(args, DMCTransformerConfig)
     transformer.dmc = dmc_config_from_args(args)
     transformer.dmc_clear_borrowed_rows = start.clears_rows
+    transformer.dmc_creates_adapters = start.creates_adapters
+    transformer.dmc_teacher_weights = None if start.teacher is None else str(start.teacher.location.directory)
     transformer.dmc_vocab_size = args.vocab_size
     transformer.rope_theta = float(args.rotary_base)
     transformer.rope_stretch = scaling_from_arguments(vars(args))

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.megatron import refuse_for_stock
 from megatron_dmc.runs.completeness import Outcome, Status, read_outcome, write_outcome
 from megatron_dmc.seam import host
 from megatron_dmc.seam.processes import complete_environment
-from megatron_dmc.stages import Stage, find_stage
+from megatron_dmc.stages import find_stage
 from megatron_dmc.support.errors import InfrastructureError
 from megatron_dmc.training.arguments import (
     EXTENSION_FREE_FLAGS,
@@ -33,8 +34,9 @@ from megatron_dmc.training.lengthening import lengthening
 from megatron_dmc.training.loading import Confinement, confine, refuse_loading_flags
 from megatron_dmc.training.megatron_words import failure, keep_traceback, refused_flags
 from megatron_dmc.training.model_flags import check_flags, fixed_flags, model_flags
-from megatron_dmc.training.run_defaults import add_run_arguments, run_flags, short_stage
+from megatron_dmc.training.run_defaults import add_run_arguments, check_window, run_flags, short_stage
 from megatron_dmc.training.start import Start, find_start, saved_iteration
+from megatron_dmc.training.teacher_choice import with_teacher
 
 if TYPE_CHECKING:
     from megatron_dmc.training.model.config import DMCModelConfig
@@ -78,10 +80,11 @@ def prepare(argv: list[str]) -> Run:
     settings = dmc_config_from_args(given)
     stage = find_stage(settings.stage)
     refuse_flags(argv, stage)
-    start = find_start(settings, given.save, given.pretrained_checkpoint)
+    start = with_teacher(find_start(settings, given.save, given.pretrained_checkpoint), settings, given.dmc_teacher)
     _check_tokens(given, start.config)
+    check_window(settings, given, start.config)
     complete_environment()
-    argv = _complete(argv, given, start, stage)
+    argv = _complete(argv, given, start, settings)
     if host.needs_cpu():
         host.keep_memory()
         host.use_cpu()
@@ -89,7 +92,7 @@ def prepare(argv: list[str]) -> Run:
 
     megatron_compat.adapt_engine(cpu=host.needs_cpu())
     stop_at_cr = settings.stop_at_cr if stage.raises_target else None
-    return Run(argv, start, confine(start.checkpoint), given.save, given.train_iters, stop_at_cr)
+    return Run(argv, start, confine(start.checkpoint, start.teacher), given.save, given.train_iters, stop_at_cr)
 
 
 def train(argv: list[str], observer: Observer | None = None) -> Outcome:
@@ -169,14 +172,14 @@ def _check_tokens(given: argparse.Namespace, config: ModelConfig | None) -> None
             )
 
 
-def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: Stage) -> list[str]:
+def _complete(argv: list[str], given: argparse.Namespace, start: Start, settings: DMCConfig) -> list[str]:
     """``argv`` with what the model, this machine and the start of the run require; prints what it added."""
     tables: list[Mapping[str, str | None]] = [fixed_flags(), RUN_DEFAULTS]
-    tables += [run_flags(given, start.config, stage, os.environ), data_flags(given)]
-    if stage.learning_rate is not None:
-        tables.append(stage.learning_rate.flags())
+    tables += [run_flags(given, start.config, settings, os.environ), data_flags(given)]
+    if settings.published.learning_rate is not None:
+        tables.append(settings.published.learning_rate.flags())
     if start.config is not None:
-        if not stage.retrofits:
+        if not settings.retrofits:
             refuse_for_stock(start.config)
         check_flags(argv, start.config)
         tables.append(model_flags(start.config))
@@ -188,6 +191,9 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: S
         tables.append({"--load": given.save, "--tensorboard-dir": str(Path(given.save, "tensorboard"))})
     if start.resumes:
         argv = _without(argv, "--pretrained-checkpoint")
+    if settings.retrofits and start.origin is not None:
+        # Kept in every checkpoint of the retrofit: stages after this one find it there.
+        tables.append({"--dmc-teacher": start.origin})
     if given.dmc_first_sample is None:
         tables.append({"--dmc-first-sample": str(start.first_sample)})
     completed = with_defaults(argv, *tables)
@@ -196,7 +202,7 @@ def _complete(argv: list[str], given: argparse.Namespace, start: Start, stage: S
     if int(os.environ["RANK"]) == 0:
         added = completed[: len(completed) - len(argv)]
         print("flags set by megatron_dmc: " + " ".join(added), flush=True)
-        for remark in filter(None, (longer.remark, short_stage(stage, given.train_iters))):
+        for remark in filter(None, (longer.remark, short_stage(settings, given.train_iters))):
             print(remark, flush=True)
     return completed
 

@@ -9,9 +9,8 @@ import argparse
 import math
 from collections.abc import Mapping
 
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import DMS, DMCConfig
 from megatron_dmc.models.config import ModelConfig
-from megatron_dmc.stages import Stage
 
 SEQUENCE_LENGTH = 4096
 """Of a model that reads as much: [DMC] section 4."""
@@ -41,14 +40,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_flags(
-    given: argparse.Namespace, config: ModelConfig | None, stage: Stage, environment: Mapping[str, str]
+    given: argparse.Namespace, config: ModelConfig | None, settings: DMCConfig, environment: Mapping[str, str]
 ) -> dict[str, str | None]:
     """Usual values of what every run needs.
 
     Args:
         given: what :func:`add_run_arguments` has parsed, and ``save``.
         config: of the model; None where Megatron's flags describe it.
-        stage: of the run.
+        settings: of the run.
         environment: with the number of ranks, ``WORLD_SIZE``.
 
     Raises:
@@ -59,7 +58,7 @@ def run_flags(
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value}: must be at least 1")
     if given.train_iters is None and given.train_samples is None and not given.skip_train:
-        raise ValueError(f"--train-iters is missing: the length of the stage in steps{_published(given, stage)}")
+        raise ValueError(f"--train-iters is missing: the length of the stage in steps{_published(settings)}")
     micro = given.micro_batch_size or 1
     flags: dict[str, str | None] = {"--micro-batch-size": str(micro)}
     if given.step_batch_size_schedule is None:
@@ -72,11 +71,19 @@ def run_flags(
     return flags
 
 
-def _published(given: argparse.Namespace, stage: Stage) -> str:
-    if stage.published_steps is None:
-        return ""
-    target_cr = getattr(given, "dmc_target_cr", None) or DMCConfig().target_cr
-    return f" (published for {stage.name}: {stage.published_steps(target_cr):,})"
+def _published(settings: DMCConfig) -> str:
+    steps = settings.published.steps
+    return "" if steps is None else f" (published for {settings.stage}: {steps(settings.target_cr):,})"
+
+
+def check_window(settings: DMCConfig, given: argparse.Namespace, config: ModelConfig | None) -> None:
+    """Raise ``ValueError`` where no token of a training sequence ever leaves the window behind which DMS evicts."""
+    length = given.seq_length or (config and min(SEQUENCE_LENGTH, config.max_position_embeddings))
+    if settings.method == DMS and settings.compresses and length and settings.window_size >= length - 1:
+        raise ValueError(
+            f"--dmc-window-size {settings.window_size}: no token of a sequence of {length} leaves it, so that nothing "
+            "would be evicted; give a smaller window, or longer sequences (--seq-length)"
+        )
 
 
 def _data_parallel_size(given: argparse.Namespace, ranks: int) -> int:
@@ -85,12 +92,13 @@ def _data_parallel_size(given: argparse.Namespace, ranks: int) -> int:
     return max(1, ranks // math.prod(size or 1 for size in sizes))
 
 
-def short_stage(stage: Stage, steps: int | None) -> str | None:
+def short_stage(settings: DMCConfig, steps: int | None) -> str | None:
     """A warning where a stage is shorter than what is known to do no harm, else None."""
-    if steps is None or steps >= stage.harmless_steps:
+    harmless = settings.published.harmless_steps
+    if steps is None or steps >= harmless:
         return None
     return (
-        f"warning: --train-iters {steps}: {stage.name} has {stage.harmless_steps} steps in the published recipe, and "
+        f"warning: --train-iters {steps}: {settings.stage} has {harmless} steps in the published recipe, and "
         "the model loses much in a few: five steps raised the perplexity of a pretrained model of 135 million "
         "parameters from 7.76 to 10.82"
     )

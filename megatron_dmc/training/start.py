@@ -6,12 +6,13 @@ Megatron's own answers to a wrong path are training from random weights, or leav
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import DMCConfig, has_adapter
 from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.runs.completeness import outcome_of
 from megatron_dmc.stages import OFF, find_stage
@@ -32,8 +33,12 @@ class Start:
         config: shape of the model; None when it is trained from scratch by Megatron's own flags.
         resumes: continues its own stage from ``--save``.
         clears_rows: the borrowed rows must become zero before the first step.
+        creates_adapters: the checkpoint has no adapters; they begin at zero.
         first_sample: where the stage starts in the training data; consumed samples of the checkpoint before it.
         checkpoint: what Megatron may load, after it was checked; None: nothing.
+        origin: directory of the plain checkpoint that the retrofit began with, the teacher if nobody names another;
+            None where that is not known.
+        teacher: what a frozen teacher is loaded from, after it was checked; None: there is none.
         saved_arguments: of the run that is continued; empty for one that begins.
     """
 
@@ -41,7 +46,10 @@ class Start:
     resumes: bool
     clears_rows: bool = False
     first_sample: int = 0
+    creates_adapters: bool = False
     checkpoint: CheckedCheckpoint | None = None
+    origin: str | None = None
+    teacher: CheckedCheckpoint | None = None
     saved_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,10 +97,33 @@ def find_start(settings: DMCConfig, save: str | None, base: str | None) -> Start
     stage = find_stage(settings.stage)
     stage.check_base(base_stage, base, settings.borrows_channel)
     if stored.dmc is not None:
+        _check_method(settings, stored.dmc, base)
         _check_finished(base, base_stage.name, saved, stored.args.get("train_iters"))
     consumed = int(stored.args.get("consumed_train_samples") or 0) if base_stage is not OFF else 0
-    clears_rows = stage.clears_rows(base_stage)
-    return Start(stored.config, False, clears_rows, first_sample=consumed, checkpoint=checkpoint)
+    return Start(
+        stored.config,
+        resumes=False,
+        clears_rows=stage.clears_rows(base_stage),
+        first_sample=consumed,
+        creates_adapters=has_adapter(settings) and not has_adapter(stored.dmc),
+        checkpoint=checkpoint,
+        origin=os.path.realpath(base) if base_stage is OFF else _origin(stored.args),
+    )
+
+
+def _origin(args: Mapping[str, Any]) -> str | None:
+    """What a checkpoint says about the one that its retrofit began with."""
+    directory = args.get("dmc_teacher")
+    return directory if isinstance(directory, str) else None
+
+
+def _check_method(settings: DMCConfig, before: DMCConfig, base: str) -> None:
+    """A retrofit goes on with the method, and the source of decisions, that it began with."""
+    for name in ("method", "decision_source"):
+        mine, theirs = getattr(settings, name), getattr(before, name)
+        if before.retrofits and mine != theirs:
+            flag = "--dmc-" + name.replace("_", "-")
+            raise ValueError(f"--pretrained-checkpoint {base} was made with {flag} {theirs}, not {mine}: give {theirs}")
 
 
 def _check_finished(base: str, stage: str, iteration: int, train_iters: int | None) -> None:
@@ -137,5 +168,6 @@ def _resume(settings: DMCConfig, save: str) -> Start:
         resumes=True,
         first_sample=first_sample,
         checkpoint=checkpoint,
+        origin=_origin(stored.args),
         saved_arguments=stored.args,
     )

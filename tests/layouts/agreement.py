@@ -23,7 +23,7 @@ CURVE = 4e-6
 UNDECIDED = 1e-3
 """Decision logits closer to zero than this may fall on either side."""
 
-LOSSES = ("lm loss", "compression loss")
+LOSSES = ("lm loss", "distillation loss", "compression loss")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -66,17 +67,29 @@ class Variant:
         run: flags of the run, all stages but the making of the checkpoint.
         tied: embedding and output layer share their weight.
         stage: of the run; the checkpoint is of the stage before.
+        method: flags of the method, of the run and of its checkpoint.
+        is_taught: learns from the plain model of the same shape.
+        target_cr: ratio asked for; see ``TARGET_CR``.
     """
 
     model: tuple[tuple[str, object], ...] = ()
     run: tuple[str, ...] = ()
     tied: bool = False
     stage: str = "consolidate"
+    method: tuple[str, ...] = ()
+    is_taught: bool = False
+    target_cr: float = TARGET_CR
 
     @property
-    def base_stage(self) -> str:
-        """Stage of the checkpoint that the run starts from."""
-        return find_stage(self.stage).follows[0]
+    def base(self) -> Variant:
+        """What the checkpoint is made of that the run starts from."""
+        before = find_stage(self.stage).starts_from("adapter" not in self.method)[0]
+        return dataclasses.replace(self, run=(), stage=before, is_taught=False)
+
+    @property
+    def plain(self) -> Variant:
+        """The model before its retrofit."""
+        return Variant(self.model, tied=self.tied, stage="off")
 
 
 class Laboratory:
@@ -99,7 +112,12 @@ class Laboratory:
 
     def base(self, variant: Variant) -> Path:
         """The checkpoint that a variant starts from."""
-        return self._base_of(variant.model, variant.tied, variant.base_stage)
+        return self._base_of(variant.base)
+
+    def start(self, variant: Variant) -> dict[str, Path]:
+        """Flags of a variant's checkpoints: the one that it starts from, and its teacher's."""
+        start = {"pretrained_checkpoint": self.base(variant)}
+        return start | {"dmc_teacher": self._base_of(variant.plain)} if variant.is_taught else start
 
     def train(
         self, variant: Variant, ranks: int, switches: tuple[str, ...] = (), watched: int = 0, **flags: object
@@ -113,7 +131,7 @@ class Laboratory:
             watched: step of this run whose gradients and decisions are kept.
             **flags: replace others.
         """
-        argv = self.arguments(variant, switches, **{"pretrained_checkpoint": self.base(variant)} | flags)
+        argv = self.arguments(variant, switches, **self.start(variant) | flags)
         return assemble(self.run(probe.train, ranks, argv, watched=watched), VOCAB_SIZE)
 
     def run(self, function: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any) -> list[Any]:
@@ -127,7 +145,7 @@ class Laboratory:
             "data_cache_path": self._directory / "cache",
             "dmc_stage": variant.stage,
             "dmc_decision_bias": DECISION_BIAS,
-            "dmc_target_cr": TARGET_CR,
+            "dmc_target_cr": variant.target_cr,
         }
         merged = _MODEL | _RUN | dict(variant.model) | ours | flags
         argv = ["--group-query-attention"]
@@ -136,14 +154,14 @@ class Laboratory:
         for name, value in merged.items():
             if value is not None:
                 argv += ["--" + name.replace("_", "-"), str(value)]
-        return [*argv, *variant.run, *switches]
+        return [*argv, *variant.method, *variant.run, *switches]
 
     def _train_alone(self, variant: Variant, steps: int) -> WholeRun:
         return self.train(variant, ranks=1, train_iters=steps)
 
-    def _make_base(self, model: tuple, tied: bool, stage: str) -> Path:
+    def _make_base(self, base: Variant) -> Path:
         path = self._new_path("base")
-        argv = self.arguments(Variant(model, (), tied, stage), save=path, train_iters=1, lr=0, min_lr=0)
+        argv = self.arguments(base, save=path, train_iters=1, lr=0, min_lr=0)
         self.run(probe.make_base, 1, argv, spread=BORROWED_ROW_SCALE)
         return path
 

@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_dmc.models.borrowed_channel import borrowed_rows_of_qkv
+from megatron_dmc.models.borrowed_channel import borrowed_by, borrowed_rows_of_qkv
+from megatron_dmc.ops.borrowed import EVERY_HEAD
 from megatron_dmc.training import metrics, pretrain, start
 from megatron_dmc.training.model.builder import DMCModelBuilder
+
+ADAPTER_STD = 0.004
+"""Of random adapters: over 64 channels of size 1, times 100, logits of about 3."""
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Record:
         tensor_rank: rank within tensor parallelism.
         steps: per step the logged values; empty except on the last pipeline stage.
         validations: per validation the logged values, likewise.
-        gradients: by global parameter name, after all reductions, of the watched step.
+        gradients: by global parameter name, after all reductions, of the watched step; none of what is frozen.
         weights: by global parameter name, as the last step used them.
         split_dimension: by global parameter name, the dimension that tensor parallelism cuts; None = whole.
         decisions: of the watched step.
@@ -74,6 +78,7 @@ def make_base(argv: list[str], spread: float) -> Record:
     Args:
         argv: of a run with learning rate zero.
         spread: factor on the rows that produce the borrowed channels; random ones would hardly ever accumulate.
+            Adapters, which begin at zero, become random.
     """
     pretrain.find_start = lambda *_: start.Start(config=None, resumes=False)
     build = DMCModelBuilder.build_model
@@ -82,9 +87,12 @@ def make_base(argv: list[str], spread: float) -> Record:
         model = build(self, *args, **kwargs)
         config = model.config
         queries = config.num_attention_heads // config.num_query_groups
+        borrowed = borrowed_by(config.dmc) if config.dmc.retrofits else EVERY_HEAD
         for layer in model.decoder.layers:
-            weight = layer.self_attention.linear_qkv.weight.data
-            borrowed_rows_of_qkv(weight, queries, config.kv_channels).mul_(spread)
+            attention = layer.self_attention
+            borrowed_rows_of_qkv(attention.linear_qkv.weight.data, queries, config.kv_channels, borrowed).mul_(spread)
+            if hasattr(attention, "decision"):
+                attention.decision.weight.data.normal_(std=ADAPTER_STD)
         return model
 
     DMCModelBuilder.build_model = build_spread
@@ -137,7 +145,7 @@ def record_gradients(record: Record, watched: int = 0) -> None:
                 is_split = getattr(parameter, "tensor_model_parallel", False)
                 record.split_dimension[name] = parameter.partition_dim if is_split else None
                 record.weights[name] = parameter.detach().float().numpy().copy()
-                if step == watched:
+                if step == watched and parameter.requires_grad:
                     record.gradients[name] = parameter.main_grad.float().numpy().copy()
 
     training.finalize_model_grads = recorded

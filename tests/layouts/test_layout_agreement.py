@@ -8,6 +8,13 @@ import pytest
 
 from tests.layouts.agreement import assert_agree, assert_telling
 from tests.layouts.cases import (
+    ADAPTER,
+    ADAPTER_FROM_PLAIN,
+    ADAPTER_WITH_ALL,
+    DISTILLED,
+    DISTILLED_TIED,
+    DISTILLED_ZERO_OUT,
+    DMS,
     DOCUMENTS,
     LAYOUTS,
     MULTI_HEAD,
@@ -20,7 +27,6 @@ from tests.layouts.cases import (
     ZERO_OUT,
     ZERO_OUT_DOCUMENTS,
 )
-from tests.layouts.laboratory import TARGET_CR
 
 FEW_STEPS = 3
 STEPS = 20
@@ -32,6 +38,10 @@ QUICK = {
     "dp2_distributed_optimizer_overlap": WHOLE_SEGMENT,
     "cp2_pp2": DOCUMENTS,
     "per_token_loss_cp2_pp2": WHOLE_SEGMENT,
+    "tp2_sp_pp2_vp2": DISTILLED,
+    "cp2_tp2": DMS,
+    "recompute_uniform_pp2_vp2": ADAPTER,
+    "dp2_tp2_distributed_optimizer": ADAPTER,
 }
 
 MODELS = {
@@ -40,6 +50,17 @@ MODELS = {
     "tied_embeddings": (TIED, ("tp2_sp_pp2", "dp2_pp2")),
     "window": (WINDOW, ("tp2_sp_pp2", "cp2_pp2", "recompute_block")),
     "decisions_per_layer": (PER_LAYER, ("tp2", "tp2_sp_pp2", "cp2_tp2", "dp2_pp2")),
+    "distilled": (
+        DISTILLED,
+        ("pp4", "cp2_pp2", "dp2_tp2_distributed_optimizer", "recompute_block", "per_token_loss_tp2_sp"),
+    ),
+    "distilled_tied": (DISTILLED_TIED, ("tp2_sp_pp2", "pp2_vp2")),
+    "dms": (DMS, ("tp2_sp_pp2", "cp2_pp2", "recompute_selective", "per_token_loss_dp2_pp2", "dp2")),
+    "adapter": (
+        ADAPTER,
+        ("tp2_sp_pp2_vp2", "cp2_tp2_sp", "recompute_selective_pp2", "recompute_block", "pp4", "per_token_loss"),
+    ),
+    "adapter_with_all": (ADAPTER_WITH_ALL, ("tp2_sp_pp2", "cp2_tp2_sp", "recompute_uniform_pp2_vp2", "dp2")),
     "documents": (DOCUMENTS, ("pp2", "cp2", "cp2_pp2", "tp2_sp_pp2", "pp2_vp2", "dp2", "recompute_uniform")),
 }
 
@@ -49,7 +70,7 @@ def test_layout_agrees(laboratory, layout):
     variant, where = QUICK[layout], LAYOUTS[layout]
     run = laboratory.train(variant, where.ranks, where.switches, train_iters=FEW_STEPS)
     reference = laboratory.reference(variant, FEW_STEPS)
-    assert_telling(reference, TARGET_CR)
+    assert_telling(reference, variant.target_cr)
     assert_agree(run, reference)
 
 
@@ -59,7 +80,7 @@ def test_layout_agrees_for_20_steps(laboratory, layout):
     where = LAYOUTS[layout]
     run = laboratory.train(WHOLE_SEGMENT, where.ranks, where.switches, train_iters=STEPS)
     reference = laboratory.reference(WHOLE_SEGMENT, STEPS)
-    assert_telling(reference, TARGET_CR)
+    assert_telling(reference, WHOLE_SEGMENT.target_cr)
     assert_agree(run, reference)
 
 
@@ -69,7 +90,7 @@ def test_layout_agrees_for_every_model(laboratory, model, layout):
     variant, where = MODELS[model][0], LAYOUTS[layout]
     run = laboratory.train(variant, where.ranks, where.switches, train_iters=FEW_STEPS)
     reference = laboratory.reference(variant, FEW_STEPS)
-    assert_telling(reference, TARGET_CR)
+    assert_telling(reference, variant.target_cr)
     assert_agree(run, reference)
 
 
@@ -80,7 +101,11 @@ def test_layout_agrees_in_zero_out(laboratory):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("variant", [ZERO_OUT, ZERO_OUT_DOCUMENTS, RETROFIT], ids=["zero_out", "documents", "retrofit"])
+@pytest.mark.parametrize(
+    "variant",
+    [ZERO_OUT, ZERO_OUT_DOCUMENTS, RETROFIT, DISTILLED_ZERO_OUT, ADAPTER_FROM_PLAIN],
+    ids=["zero_out", "documents", "retrofit", "distilled", "adapter"],
+)
 @pytest.mark.parametrize("layout", ["tp2_sp_pp2_vp2", "cp2_pp2", "dp2_distributed_optimizer", "recompute_uniform"])
 def test_layout_agrees_in_other_stages(laboratory, variant, layout):
     where = LAYOUTS[layout]

@@ -84,4 +84,5 @@ def test_layout_refused_more_ranks_than_heads(laboratory):
 def test_layout_refusals_name_settings_of_this_megatron(laboratory):
     used = [setting.attribute for setting in ALL_SETTINGS if setting.remedy] + list(requirements.OFF)
     used += ["attention_backend", "cuda_graph_impl", "num_query_groups", "tensor_model_parallel_size", "kv_channels"]
+    used += ["defer_embedding_wgrad_compute", "fine_grained_activation_offloading"]
     assert laboratory.run(missing_settings, 1, used)[0] == []

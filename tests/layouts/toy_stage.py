@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_dmc.stages import STAGES, LearningRate, Stage, register
+from megatron_dmc.stages import DMC, NEURON, STAGES, LearningRate, Published, Stage, register
 
 
-def slightly_above(step: int, stage_steps: int, final_cr: float) -> float:
+def slightly_above(step: int, ramp_steps: float, final_cr: float) -> float:
     """A tenth more than ``final_cr``."""
     return 1.1 * final_cr
 
@@ -17,7 +17,7 @@ HOLD = Stage(
     follows=("consolidate",),
     compresses=True,
     target_cr=slightly_above,
-    learning_rate=LearningRate(3e-6, 3e-6),
+    published={(DMC, NEURON): Published(learning_rate=LearningRate(3e-6, 3e-6))},
 )
 
 

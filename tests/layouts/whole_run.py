@@ -24,7 +24,7 @@ class WholeRun:
     Attributes:
         steps: logged values of every step.
         validations: logged values of every validation.
-        gradients: by parameter name, of the watched step.
+        gradients: by parameter name, of the watched step; none of what is frozen.
         weights: by parameter name, as the last step used them.
         logits, noise: by (layer, sequence), [S, G], of the watched step.
     """
@@ -53,7 +53,11 @@ def assemble(records: list[Record], vocab_size: int) -> WholeRun:
     logged = next(record for record in records if record.steps)
     splits = {name: split for record in records for name, split in record.split_dimension.items()}
     gradients, weights = (
-        {name: _assemble_tensor(name, splits[name], _parts(name, kind, records), vocab_size) for name in sorted(splits)}
+        {
+            name: _assemble_tensor(name, splits[name], parts, vocab_size)
+            for name in sorted(splits)
+            if (parts := _parts(name, kind, records))
+        }
         for kind in ("gradients", "weights")
     )
     logits, noise = _assemble_decisions(records)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from megatron_dmc.training.losses import compression_loss, language_model_loss
+from megatron_dmc.training.losses import compression_loss, sum_over_tokens
 
 
 def test_only_tokens_that_count_are_summed():
-    total, count = language_model_loss(
+    total, count = sum_over_tokens(
         torch.tensor([[1.0, 2.0], [4.0, 8.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]).bool()
     )
     assert (total.item(), count.item(), count.dtype) == (13.0, 3, torch.int32)

@@ -2,18 +2,19 @@
 
 import pytest
 
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.recipes.recipe import SMALL_LLAMA
-from megatron_dmc.stages import CONSOLIDATE, OFF, RETROFIT, STAGES, ZERO_OUT, ZERO_OUT_STEPS
+from megatron_dmc.stages import STAGES, ZERO_OUT_STEPS
 from megatron_dmc.training.flag_parser import FlagParser
 from megatron_dmc.training.run_defaults import add_run_arguments, run_flags, short_stage
 
 
-def flags(*argv, config=SMALL_LLAMA, stage=ZERO_OUT, ranks=1):
+def flags(*argv, config=SMALL_LLAMA, ranks=1, **settings):
     parser = FlagParser()
     parser.add_argument("--save")
-    parser.add_argument("--dmc-target-cr", type=float)
     add_run_arguments(parser)
-    return run_flags(parser.parse_known_args(argv)[0], config, stage, {"WORLD_SIZE": str(ranks)})
+    settings = DMCConfig(**{"stage": "zero_out"} | settings)
+    return run_flags(parser.parse_known_args(argv)[0], config, settings, {"WORLD_SIZE": str(ranks)})
 
 
 def test_a_length_is_enough():
@@ -43,11 +44,20 @@ def test_a_schedule_of_batch_sizes_stays_alone():
 
 
 @pytest.mark.parametrize(
-    ("stage", "published"), [(ZERO_OUT, ": 250"), (RETROFIT, ": 18,000"), (CONSOLIDATE, ": 2,000"), (OFF, "in steps$")]
+    ("settings", "published"),
+    [
+        ({"stage": "zero_out"}, ": 250"),
+        ({"stage": "retrofit"}, ": 18,000"),
+        ({"stage": "consolidate"}, ": 2,000"),
+        ({"stage": "off"}, "in steps$"),
+        ({"stage": "zero_out", "method": "dms"}, ": 2,000"),
+        ({"stage": "retrofit", "method": "dms"}, ": 300"),
+        ({"stage": "retrofit", "method": "dms", "decision_source": "adapter"}, ": 102"),
+    ],
 )
-def test_the_length_is_asked_for_with_the_published_one(stage, published):
+def test_the_length_is_asked_for_with_the_published_one(settings, published):
     with pytest.raises(ValueError, match=f"--train-iters is missing.*{published}"):
-        flags("--dmc-target-cr", "4", stage=stage)
+        flags(target_cr=4.0, **settings)
 
 
 @pytest.mark.parametrize("flag", ["--micro-batch-size", "--train-iters", "--context-parallel-size", "--save-interval"])
@@ -58,6 +68,7 @@ def test_a_count_that_cannot_be_is_named(flag, value):
 
 
 def test_a_short_stage_is_warned_of():
-    assert "five steps raised the perplexity" in short_stage(ZERO_OUT, ZERO_OUT_STEPS - 1)
-    assert short_stage(ZERO_OUT, ZERO_OUT_STEPS) is None
-    assert [short_stage(stage, 1) for stage in STAGES.values() if stage is not ZERO_OUT] == [None] * (len(STAGES) - 1)
+    zero_out = DMCConfig(stage="zero_out")
+    assert "five steps raised the perplexity" in short_stage(zero_out, ZERO_OUT_STEPS - 1)
+    assert short_stage(zero_out, ZERO_OUT_STEPS) is None
+    assert all(short_stage(DMCConfig(stage=name), 1) is None for name in STAGES if name != zero_out.stage)

@@ -1,8 +1,8 @@
 """Compressing attention in Megatron: raw projections in, attention output out, one path for every method and stage.
 
-``DMCSelfAttention`` only withholds Megatron's rotary embedding: keys are pooled before they are rotated.
-``MethodCoreAttention`` then does everything between the projections by the method's form for whole sequences
-(``megatron_dmc.methods``), and reports its decisions to the micro-batch.
+``DMCSelfAttention`` withholds Megatron's rotary embedding, since keys are pooled before they are rotated, and holds the
+adapter where there is one. ``MethodCoreAttention`` then does everything between the projections by the method's form
+for whole sequences (``megatron_dmc.methods``), and reports its decisions to the micro-batch.
 
 Legend: S sequence (whole), L local sequence of a context-parallel rank, B batch, N query heads, G KV heads of this
 rank, D head dim.
@@ -14,29 +14,72 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_dmc.methods import method_of
+from megatron_dmc.config import has_adapter
+from megatron_dmc.methods import Dense, method_of
 from megatron_dmc.methods.base import Ranks
 from megatron_dmc.methods.decisions import Decisions
 from megatron_dmc.ops.noise import logistic_noise
+from megatron_dmc.training.model.adapter import MODULES, WithAdapter
 from megatron_dmc.training.model.config import DMCTransformerConfig
 from megatron_dmc.training.model.decision_statistics import AttachStatistic
 from megatron_dmc.training.model.microbatch import Microbatch
+from megatron_dmc.training.model.norm import DMCRMSNorm
 
 
 class DMCSelfAttention(SelfAttention):
-    """Megatron's self-attention whose core attention receives queries and keys before RoPE."""
+    """Megatron's self-attention whose core attention receives queries and keys before RoPE.
+
+    With an adapter the keys have one more channel, its outputs.
+    """
+
+    def __init__(self, config: DMCTransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if has_adapter(config.dmc):
+            self.decision_norm = DMCRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+            self.decision = ColumnParallelLinear(
+                config.hidden_size,
+                config.num_query_groups,
+                config=config,
+                init_method=torch.nn.init.zeros_,
+                bias=False,
+                gather_output=False,
+                tp_group=self.tp_group,
+            )
+
+    def adapter_logits(self, hidden_SBH: Tensor) -> Tensor:
+        """Outputs of the adapter [S, B, G] for the hidden state as it enters the layer."""
+        return self.decision(self.decision_norm(hidden_SBH))[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["rotary_pos_emb"] = None
+        given = kwargs.get("attention_bias")
+        if isinstance(given, WithAdapter):
+            # Megatron hands this argument to get_query_key_value_tensors and to nothing else.
+            kwargs |= {"attention_bias": given.microbatch, "key_value_states": given.adapter_SBG}
         return super().forward(*args, **kwargs)
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Megatron's, before RoPE; ``key_value_states`` [S, B, G] becomes the last channel of the keys."""
+        query, key, value = super().get_query_key_value_tensors(hidden_states, **kwargs)
+        if key_value_states is not None:
+            key = torch.cat([key, key_value_states.unsqueeze(-1)], dim=-1)
+        return query, key, value
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's; of an adapter the weights alone, it has no state of low-precision training."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        unused = tuple(f"{module}._extra_state" for module in MODULES)
+        return {name: value for name, value in state.items() if not name.endswith(unused)}
 
 
 class MethodCoreAttention(torch.nn.Module):
-    """Attention of a method, all positions at once. No parameters, no buffers: the checkpoint is Llama's.
+    """Attention of a method, all positions at once. It has no parameters and no buffers.
 
     Args:
         config: transformer configuration with DMC's settings.
@@ -71,7 +114,7 @@ class MethodCoreAttention(torch.nn.Module):
         """Attend.
 
         Args:
-            query: [L, B, N, D] before RoPE; key, value: [L, B, G, D].
+            query: [L, B, N, D] before RoPE; key, value: [L, B, G, D]; key [L, B, G, D + 1] with an adapter's output.
             attention_mask, attn_mask_type: ignored, attention is causal by position.
             attention_bias: the :class:`Microbatch`; Megatron passes this argument through untouched.
             packed_seq_params: must be None; documents travel in the micro-batch.
@@ -82,12 +125,15 @@ class MethodCoreAttention(torch.nn.Module):
         microbatch = attention_bias
         assert isinstance(microbatch, Microbatch)
         assert packed_seq_params is None
-        method = method_of(self.config.dmc, microbatch.neuron_scale)
+        settings = self.config.dmc
+        method = Dense() if microbatch.is_teachers else method_of(settings, microbatch.neuron_scale)
+        head_dim = query.shape[-1]
         output_LBND, decisions = method.whole(
             query,
-            key,
+            key[..., :head_dim],
             value,
             microbatch.geometry,
+            adapter_SBG=key[..., -1] if key.shape[-1] > head_dim else None,
             noise=None if microbatch.sequence_B is None else lambda heads: self._noise(microbatch, heads),
             ranks=Ranks(self._mean_over_heads, self._whole_sequence),
         )

@@ -9,13 +9,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.training.models.gpt import default_layer_spec
 
+from megatron_dmc.config import DMCConfig, has_adapter
+from megatron_dmc.training.model.adapter import AdapterLayer
 from megatron_dmc.training.model.attention import DMCSelfAttention, MethodCoreAttention
 from megatron_dmc.training.model.norm import DMCRMSNorm
 
 
-def with_compressing_attention(layer_spec: ModuleSpec) -> ModuleSpec:
+def with_compressing_attention(layer_spec: ModuleSpec, settings: DMCConfig) -> ModuleSpec:
     """A copy of a GPT layer spec whose self-attention is ours; linears and norms stay."""
     layer_spec = copy.deepcopy(layer_spec)
+    if has_adapter(settings):
+        layer_spec.module = AdapterLayer
     attention = layer_spec.submodules.self_attention
     attention.module = DMCSelfAttention
     attention.submodules.core_attention = MethodCoreAttention
@@ -28,7 +32,7 @@ def dmc_block_spec(model_config: Any, vp_stage: int | None = None) -> ModuleSpec
     With Transformer Engine the norms are part of its linears. The local spec gets :class:`DMCRMSNorm` everywhere,
     the final norm included, because Megatron's own refuses sequence parallelism.
     """
-    layer_spec = with_compressing_attention(default_layer_spec(model_config, vp_stage))
+    layer_spec = with_compressing_attention(default_layer_spec(model_config, vp_stage), model_config.transformer.dmc)
     if model_config.transformer.transformer_impl == "transformer_engine":
         return layer_spec
     layer_spec.submodules.input_layernorm = DMCRMSNorm

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dmc.config import NONE
 from megatron_dmc.models.megatron import ALL_SETTINGS, Setting
 
 MIN_HEAD_DIM = 16
@@ -65,6 +66,15 @@ def _field(field: str, holds: Callable[[Any], bool], allowed: str) -> Requiremen
     )
 
 
+def _without_teacher(field: str, allowed: str) -> Requirement:
+    """Fields that must be off where every stage runs twice."""
+    return Requirement(
+        lambda config: not (_read(config, field) and config.dmc.distill != NONE),
+        lambda config: f"{field}={_read(config, field)!r} with dmc_distill={config.dmc.distill!r}",
+        allowed,
+    )
+
+
 def _of_every_model(setting: Setting) -> Requirement:
     """A setting that has one value in all models."""
     assert setting.remedy is not None
@@ -83,6 +93,14 @@ REQUIREMENTS = (
         "cuda_graph_impl",
         lambda value: value == "none",
         "statistics change with every micro-batch; train with --cuda-graph-impl none",
+    ),
+    _without_teacher(
+        "defer_embedding_wgrad_compute",
+        "the output layer would keep the teacher's activations; remove --defer-embedding-wgrad-compute",
+    ),
+    _without_teacher(
+        "fine_grained_activation_offloading",
+        "the teacher's activations would be moved as well; remove --fine-grained-activation-offloading",
     ),
     Requirement(
         lambda config: config.num_query_groups % config.tensor_model_parallel_size == 0,

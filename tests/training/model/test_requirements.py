@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.megatron import ALL_SETTINGS
 from megatron_dmc.training.model.requirements import OFF, check_model_config
+
+NOT_WITH_A_TEACHER = ("defer_embedding_wgrad_compute", "fine_grained_activation_offloading")
 
 
 def model_config(**changes):
@@ -17,6 +20,8 @@ def model_config(**changes):
         "num_query_groups": 8,
         "tensor_model_parallel_size": 4,
         "kv_channels": 128,
+        "dmc": DMCConfig(),
+        **dict.fromkeys(NOT_WITH_A_TEACHER, False),
     }
     return SimpleNamespace(**dict.fromkeys(OFF), **fixed | others | changes)
 
@@ -47,3 +52,10 @@ def test_a_setting_that_this_megatron_does_not_have_is_no_setting_that_is_off():
 def test_head_dimension(head_dim):
     with pytest.raises(ValueError, match=f"kv_channels={head_dim}: the head dimension must be even and at least 16"):
         check_model_config(model_config(kv_channels=head_dim))
+
+
+@pytest.mark.parametrize("field", NOT_WITH_A_TEACHER)
+def test_what_cannot_run_twice_is_refused_beside_a_teacher(field):
+    check_model_config(model_config(**{field: True}))
+    with pytest.raises(ValueError, match=f"{field}=True with dmc_distill='reverse'"):
+        check_model_config(model_config(dmc=DMCConfig(distill="reverse"), **{field: True}))
