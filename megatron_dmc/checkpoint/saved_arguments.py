@@ -25,7 +25,9 @@ DMC_PREFIX = "dmc_"
 SCHEMA_ARGUMENT = "dmc_schema_version"
 
 _NUMBER = (int, float)
-_TYPES: dict[str, tuple[type, ...]] = {"family": (str,), "qk_norm": (bool,)}
+_OF_FAMILY = ("qk_norm", "qkv_bias")
+"""Fields that a family determines."""
+_TYPES: dict[str, tuple[type, ...]] = {"family": (str,)} | dict.fromkeys(_OF_FAMILY, (bool,))
 """Of fields that are no numbers."""
 
 
@@ -102,11 +104,12 @@ def config_from_arguments(args: Mapping[str, Any], padded_vocab_size: int, what:
             f"{what}: vocab_size={values['vocab_size']} exceeds the {padded_vocab_size} rows of its embedding"
         )
     family = family_of(values["family"])
-    if values["qk_norm"] != family.qk_norm:
-        raise ValueError(
-            f"{what} was trained with qk_layernorm={values['qk_norm']}: models of the family {family.name} have "
-            f"{family.qk_norm}"
-        )
+    for setting in SETTINGS:
+        if setting.field in _OF_FAMILY and values[setting.field] != getattr(family, setting.field):
+            raise ValueError(
+                f"{what} was trained with {setting.argument}={values[setting.field]}: models of the family "
+                f"{family.name} have {getattr(family, setting.field)}"
+            )
     return ModelConfig(
         **values,
         rope_theta=number_of(args, "rotary_base", 10000.0),

@@ -1,7 +1,7 @@
 """The channels that DMC borrows: the last one of every query head (importance) and key head (decision).
 
-Where they come from. Without ``qk_norm`` a channel is one row of the projection of q or k, and the model without it
-is the model with that row at zero. With ``qk_norm`` the head passes through ``w * x / rms(x)`` first, and decisions
+Where they come from. Without ``qk_norm`` a channel is one row of the projection of q or k, with the element of its bias
+if there is one, and the model without it is the model with both at zero. With ``qk_norm`` the head passes through ``w * x / rms(x)`` first, and decisions
 are read behind it. The model without the channel is then the one with the last element of ``w`` at zero: the row
 itself must stay, because it is part of ``rms(x)``, which scales the other channels.
 
@@ -41,7 +41,7 @@ def without_borrowed_channels(role: str, weight: Tensor, config: ModelConfig) ->
         role: of the tensor, see ``tensors``; those that do not produce borrowed channels are returned as they are.
         weight: as Hugging Face stores it.
     """
-    if role not in (("q_norm", "k_norm") if config.qk_norm else ("q", "k")):
+    if role not in (("q_norm", "k_norm") if config.qk_norm else ("q", "k", "q_bias", "k_bias")):
         return weight
     cleared = weight.clone()
     borrowed_rows(cleared, config.head_dim).zero_()

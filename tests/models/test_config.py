@@ -70,7 +70,7 @@ def test_the_old_name_of_the_rope_type():
         ("quantization_config", {"bits": 4}),
         ("auto_map", {"AutoModel": "modeling.Model"}),
         ("layer_types", ["full_attention", "sliding_attention"]),
-        ("model_type", "qwen2"),
+        ("model_type", "qwen2_moe"),
         ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
         ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
         ("rope_scaling", {"rope_type": "linear", "factor": 2.0, "beta_fast": 1}),
