@@ -45,6 +45,14 @@ def test_a_llama_survives_megatrons_arguments(config):
     assert config_from_arguments(megatron_arguments(config), 1024, "it") == config
 
 
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_other_families_survive_and_are_refused_without_what_makes_them(variant):
+    arguments = megatron_arguments(VARIANTS[variant])
+    assert config_from_arguments(arguments, 384, "it") == VARIANTS[variant]
+    with pytest.raises(ValueError, match=rf"(qk_layernorm|add_qkv_bias)=False: models of the family {variant}"):
+        config_from_arguments(arguments | {"qk_layernorm": False, "add_qkv_bias": False}, 384, "it")
+
+
 @given(st.builds(DMCConfig, window_size=st.integers(0, 64), stop_at_cr=st.none() | st.floats(1, 8)))
 def test_dmc_settings_survive(dmc):
     assert dmc_from_arguments(dmc_arguments(dmc), "it") == dmc
@@ -64,6 +72,7 @@ def test_a_converted_checkpoint_describes_its_model(torch_dist, legacy):
         ("swiglu", False),
         ("add_bias_linear", True),
         ("qk_layernorm", True),
+        ("add_qkv_bias", True),
         ("num_experts", 8),
         ("position_embedding_type", "learned_absolute"),
         ("rotary_percent", 0.5),

@@ -37,7 +37,7 @@ VARIANTS = {
     "llama3": dataclasses.replace(
         TINY, rope_theta=500000.0, rope_scaling=RopeScaling("llama3", 8.0), max_position_embeddings=16384
     ),
-    "qwen2": dataclasses.replace(TINY, family="qwen2", qkv_bias=True, rms_norm_eps=1e-6),
+    "qwen2": dataclasses.replace(TINY, family="qwen2", qkv_bias=True, rope_theta=1e6, rms_norm_eps=1e-6),
     "qwen3": dataclasses.replace(TINY, family="qwen3", qk_norm=True, rope_theta=1e6, tie_word_embeddings=True),
     "linear": dataclasses.replace(TINY, rope_scaling=RopeScaling("linear", 2.0), rms_norm_eps=1e-6),
 }
