@@ -29,6 +29,7 @@ pytest.importorskip("transformers")
 UNVERIFIED = Options(verify=False)
 TOKENS = [*range(3, 26), 96]
 COMPRESSING = DMCConfig(stage="consolidate", decision_bias=0.0, window_size=4)
+PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": ""}
 NEEDS_MEGATRON = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
 BORROWED = {
     "qwen2": ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"),
@@ -39,7 +40,8 @@ BORROWED = {
 
 @pytest.fixture(params=["qwen2", "qwen3"])
 def config(request):
-    return dataclasses.replace(VARIANTS[request.param], num_layers=2)
+    # 256 tokens: Megatron's own model has the rows that pad a vocabulary in its softmax.
+    return dataclasses.replace(VARIANTS[request.param], num_layers=2, vocab_size=256)
 
 
 def decoded(directory) -> torch.Tensor:
@@ -49,6 +51,11 @@ def decoded(directory) -> torch.Tensor:
 
 def of_transformers(directory) -> torch.Tensor:
     return transformers_logits(directory, [TOKENS])[0]
+
+
+def loss_of_transformers(directory) -> float:
+    targets = torch.tensor([*TOKENS[1:], TOKENS[0]])
+    return float(torch.nn.functional.cross_entropy(of_transformers(directory), targets))
 
 
 def test_the_decoder_computes_what_transformers_computes(config, tmp_path):
@@ -68,7 +75,7 @@ def test_without_its_borrowed_channels_it_computes_what_zero_out_ends_with(confi
         f"model.layers.{layer}.self_attn.{part}" for layer in range(2) for part in BORROWED[config.family]
     }
     for name in changed:
-        kept, cleared = before[name].unflatten(0, (-1, config.head_dim)), plain[name].unflatten(0, (-1, config.head_dim))
+        kept, cleared = (weights[name].unflatten(0, (-1, config.head_dim)) for weights in (before, plain))
         assert torch.equal(cleared[:, :-1], kept[:, :-1])
         assert not cleared[:, -1].any()
     torch.testing.assert_close(decoded(trained), of_transformers(tmp_path / "plain"), rtol=1e-5, atol=1e-4)
@@ -100,10 +107,8 @@ def test_training_and_what_comes_of_it(config, tmp_path):
     source = write_with_transformers(tmp_path / "hf", config)
     import_checkpoint(source, tmp_path / "base", options=UNVERIFIED)
     write_data(tmp_path, TOKENS, config.vocab_size)
-    first = _train(tmp_path, "zero_out", "base", 1)
-    targets = torch.tensor([*TOKENS[1:], TOKENS[0]])
-    expected = torch.nn.functional.cross_entropy(of_transformers(source), targets)
-    assert first[0]["lm loss"] == pytest.approx(float(expected), abs=1e-4)
+    first = _train(tmp_path, "zero_out", "base", 1, ranks=2, **PARALLEL)
+    assert first[0]["lm loss"] == pytest.approx(loss_of_transformers(source), abs=1e-4)
 
     _train(tmp_path, "retrofit", "zero_out", 1, lr=0, min_lr=0)
     started = open_source(tmp_path / "retrofit")
@@ -112,9 +117,9 @@ def test_training_and_what_comes_of_it(config, tmp_path):
         assert (rows == float("norm" in name)).all()
     _train(tmp_path, "consolidate", "retrofit", 2)
     trained = open_source(tmp_path / "consolidate")
-    for name in BORROWED[config.family]:
+    for name in ("k_proj.weight", "k_proj.bias")[: 1 + config.qkv_bias]:
         rows = borrowed_rows(trained.tensor(f"model.layers.1.self_attn.{name}"), config.head_dim)
-        assert (rows != float("norm" in name)).any()
+        assert (rows != 0).any()
 
     export_checkpoint(tmp_path / "consolidate", tmp_path / "exported", options=UNVERIFIED)
     model = Decoder(open_source(tmp_path / "exported"))
@@ -122,20 +127,20 @@ def test_training_and_what_comes_of_it(config, tmp_path):
 
 
 @NEEDS_MEGATRON
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_layouts_train_the_same_biases_and_norms(config, tmp_path):
-    """At stage ``off`` too, which is Megatron's own model."""
-    import_checkpoint(write_model(tmp_path / "hf", config), tmp_path / "base", options=UNVERIFIED)
+    """And stage ``off``, Megatron's own model, starts with the same."""
+    source = write_with_transformers(tmp_path / "hf", config)
+    import_checkpoint(source, tmp_path / "base", options=UNVERIFIED)
     write_data(tmp_path, TOKENS, config.vocab_size)
     usual = {"lr": 1e-2, "min_lr": 1e-2, "save": None}
-    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": ""}
     alone = _train(tmp_path, "zero_out", "base", 3, **usual)
-    shared = _train(tmp_path, "zero_out", "base", 3, ranks=2, **usual, **parallel)
+    shared = _train(tmp_path, "zero_out", "base", 3, ranks=2, **usual, **PARALLEL)
     assert len({step["lm loss"] for step in alone}) == 3
     for one, other in zip(alone, shared, strict=True):
         assert other["lm loss"] == pytest.approx(one["lm loss"], abs=1e-4)
     stock = _train(tmp_path, "off", "base", 1, **usual)
-    assert stock[0]["lm loss"] == pytest.approx(alone[0]["lm loss"], abs=1e-4)
+    assert stock[0]["lm loss"] == pytest.approx(loss_of_transformers(source), abs=1e-4)
 
 
 def _train(directory, stage: str, base: str, steps: int, **changes: object) -> list[dict[str, float]]:

@@ -1,9 +1,9 @@
 """The channels that DMC borrows: the last one of every query head (importance) and key head (decision).
 
-Where they come from. Without ``qk_norm`` a channel is one row of the projection of q or k, with the element of its bias
-if there is one, and the model without it is the model with both at zero. With ``qk_norm`` the head passes through ``w * x / rms(x)`` first, and decisions
-are read behind it. The model without the channel is then the one with the last element of ``w`` at zero: the row
-itself must stay, because it is part of ``rms(x)``, which scales the other channels.
+Where they come from. Without ``qk_norm`` a channel is one row of the projection of q or k (where there is a bias, with
+its element), and the model without it is the model with that row at zero. With ``qk_norm`` the head passes through
+``w * x / rms(x)`` first, and decisions are read behind it. The model without the channel is then the one with the last
+element of ``w`` at zero: the row itself must stay, because it is part of ``rms(x)``, which scales the other channels.
 
 Where a retrofit starts. The channel must be zero and able to learn. The row at zero does both, with ``qk_norm`` too,
 if ``w`` is not zero there: the gradient of each of the two factors contains the other one, so that with both at zero

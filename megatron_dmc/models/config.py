@@ -28,9 +28,9 @@ SIZE_LIMITS = {
 class ModelConfig:
     """Everything that determines the computation of a model, and its stored dtype.
 
-    All families share one block (RMSNorm, grouped queries with rotary embeddings, SwiGLU); ``family`` names the table in
-    ``families`` that says how its tensors are called, ``qk_norm`` adds an RMSNorm over the channels of every query and
-    key head before their rotation, ``qkv_bias`` biases to the projections of queries, keys and values.
+    All families share one block (RMSNorm, grouped queries with rotary embeddings, SwiGLU); ``family`` names the table
+    in ``families`` that says how its tensors are called, ``qk_norm`` adds an RMSNorm over the channels of every query
+    and key head before their rotation, ``qkv_bias`` biases to the projections of queries, keys and values.
 
     Raises ``ValueError`` on sizes out of bounds or heads that do not divide into groups.
     """

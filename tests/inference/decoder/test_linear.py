@@ -16,9 +16,7 @@ from megatron_dmc.inference.decoder.linear import Linear
     [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)],
 )
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_equals_the_plain_product(
-    shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, has_bias: bool
-) -> None:
+def test_equals_the_plain_product(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(70, 96, generator=generator) / 10).to(dtype)
     x = torch.randn(*shape, generator=generator).to(dtype)
