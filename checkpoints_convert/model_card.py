@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.models.families import family_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,6 @@ def _compressed(config: ModelConfig, dmc: DMCConfig, facts: CardFacts) -> list[s
         "The length of the cache differs from head to head. Engines that keep one length per request (vLLM, "
         "TensorRT-LLM, llama.cpp and others) cannot serve this model; neither can a stock class of "
         "transformers, because the last channel of every query and key head carries a decision. `megatron-dmc "
-        "generate` can, and for a Llama the class `DMCLlamaForCausalLM` of `megatron_dmc.hf`.",
+        f"generate` can, and the class `{family_of(config.family).dmc_architecture}` of `megatron_dmc.hf`.",
         f"| setting | value |\n|---|---|\n{settings}",
     ]

@@ -1,4 +1,6 @@
-"""Llama with a compressed cache for transformers: its modules and weights, our attention between the projections.
+"""Models with a compressed cache for transformers: its modules and weights, our attention between the projections.
+
+The classes that begin with ``Compressed`` are what all families share, standing before those of transformers.
 
 A forward pass takes hard decisions; it equals decoding token by token. Padding is honoured wherever it stands: the
 tokens of all rows are packed one row after the other before the first layer, and go back to their places behind the
@@ -13,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
 from transformers.utils import can_return_tuple
 
 from megatron_dmc.hf.cache_dmc_llama import DMCCache
 from megatron_dmc.hf.columns import shown_columns
-from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
+from megatron_dmc.hf.configuration_dmc_llama import CompressedConfig
 from megatron_dmc.inference.decoder.layer_attention import Attention, CachedAttention, WholeAttention
 from megatron_dmc.methods import method_of
 from megatron_dmc.methods.step import Step
@@ -34,11 +36,11 @@ _MODES = (
 )
 
 
-class DMCLlamaAttention(LlamaAttention):
-    """Llama's projections around attention over packed tokens."""
+class CompressedAttention(torch.nn.Module):
+    """A family's projections around attention over packed tokens."""
 
     def forward(self, hidden_states: Tensor, *, dmc_attention: Attention, **unused: Any) -> tuple[Tensor, None]:
-        """``dmc_attention`` comes through the decoder layer from :meth:`DMCLlamaModel.forward`."""
+        """``dmc_attention`` comes through the decoder layer from :meth:`CompressedModel.forward`."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states[0]).unflatten(-1, (-1, self.head_dim)) for project in projections)
         whole = self.config.num_key_value_heads
@@ -47,7 +49,12 @@ class DMCLlamaAttention(LlamaAttention):
                 f"{k.shape[-2]} of {whole} KV heads are here: transformers' tp_plan does not share out the cache; use "
                 "torchrun with megatron-dmc generate"
             )
+        q, k = self.normed(q, k)
         return self.o_proj(dmc_attention(self.layer_idx, q, k, v).flatten(-2)).unsqueeze(0), None
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as decisions are read from them: in most families as they are projected."""
+        return q, k
 
 
 class OwnAttention:
@@ -57,15 +64,15 @@ class OwnAttention:
         return "eager"
 
 
-class DMCLlamaModel(OwnAttention, LlamaModel):
+class CompressedModel(OwnAttention, PreTrainedModel):
     """The decoder without its output layer."""
 
-    config_class = DMCLlamaConfig
+    attention_class: type[CompressedAttention]
 
-    def __init__(self, config: DMCLlamaConfig) -> None:
+    def __init__(self, config: CompressedConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.layers):
-            layer.self_attn = DMCLlamaAttention(config, index)
+            layer.self_attn = self.attention_class(config, index)
         self.shape, self.method = config.shape(), method_of(config.settings())
         self.post_init()
 
@@ -188,10 +195,10 @@ class _NoGradient(torch.autograd.Function):
         raise ValueError("no gradient passes a compressed cache: call the model with use_cache=False, or model.train()")
 
 
-class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
+class CompressedForCausalLM(OwnAttention, PreTrainedModel):
     """The decoder with its output layer: forward passes, loss and ``generate``."""
 
-    config_class = DMCLlamaConfig
+    model_class: type[CompressedModel]
     _supports_sdpa = False
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -200,10 +207,10 @@ class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
     _is_stateful = True
     _supported_generation_modes = _MODES
 
-    def __init__(self, config: DMCLlamaConfig) -> None:
-        # Past LlamaForCausalLM's own, which would build a decoder of the other kind.
-        super(LlamaForCausalLM, self).__init__(config)
-        self.model = DMCLlamaModel(config)
+    def __init__(self, config: CompressedConfig) -> None:
+        # Past that of transformers' family, which would build a decoder of the other kind.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -249,7 +256,7 @@ def _refuse(arguments: dict[str, Any]) -> None:
         raise ValueError("is_causal=False: later tokens decide what becomes of earlier ones; leave it out")
 
 
-def _check_cache(cache: Any, model: DMCLlamaModel) -> None:
+def _check_cache(cache: Any, model: CompressedModel) -> None:
     if not isinstance(cache, DMCCache):
         raise ValueError(f"past_key_values is a {type(cache).__name__}: this model needs a DMCCache, or none to start")
     for name in ("num_layers", "num_kv_heads", "head_dim"):
