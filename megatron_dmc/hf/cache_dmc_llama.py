@@ -137,9 +137,7 @@ class _LayerView(CacheLayerMixin):
         """Nothing: see :meth:`DMCCache.prepare`."""
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(
-            "a DMCCache is written by the models of megatron_dmc.hf only: give others their own cache"
-        )
+        raise ValueError("a DMCCache is written by the models of megatron_dmc.hf only: give others their own cache")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.num_columns + query_length, 0
