@@ -70,6 +70,6 @@ class MergedHeads(Source):
         return [q, self._averaged(k), self._averaged(v)]
 
     def _averaged(self, weight: Tensor) -> Tensor:
-        groups, head_dim = self.config.num_kv_heads, self.config.head_dim
-        by_head = weight.reshape(groups, -1, head_dim, weight.shape[-1])
-        return by_head.mean(dim=1, dtype=torch.float32).to(weight.dtype).reshape(-1, weight.shape[-1])
+        """Of a projection or its bias."""
+        by_head = weight.unflatten(0, (self.config.num_kv_heads, -1, self.config.head_dim))
+        return by_head.mean(dim=1, dtype=torch.float32).to(weight.dtype).flatten(0, 1)

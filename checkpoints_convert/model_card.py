@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_dmc.config import ADAPTER, DMC, DMS, DMCConfig
 from megatron_dmc.models.borrowed_channel import borrowed_by
 from megatron_dmc.models.config import ModelConfig
+from megatron_dmc.models.families import family_of
 from megatron_dmc.ops.borrowed import EVERY_HEAD, FIRST_QUERY, NO_HEAD
 
 _METHODS = {
@@ -86,7 +87,7 @@ def _compressed(config: ModelConfig, dmc: DMCConfig, facts: CardFacts) -> list[s
         "The length of the cache differs from head to head. Engines that keep one length per request (vLLM, "
         "TensorRT-LLM, llama.cpp and others) cannot serve this model; neither can a stock class of "
         f"transformers, because {_BORROWED[borrowed_by(dmc)]} decides. `megatron-dmc "
-        "generate` can, and for a Llama the class `DMCLlamaForCausalLM` of `megatron_dmc.hf`.",
+        f"generate` can, and the class `{family_of(config.family).dmc_architecture}` of `megatron_dmc.hf`.",
         f"| setting | value |\n|---|---|\n{settings}",
     ]
 

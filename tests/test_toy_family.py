@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,14 +18,13 @@ from checkpoints_convert.options import Options
 from checkpoints_convert.verify import verify
 from megatron_dmc.checkpoint.source import open_source
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.data.indexed import IndexedWriter
 from megatron_dmc.evaluation.perplexity import BOTH, evaluate
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.models.borrowed_channel import borrowed_rows
 from megatron_dmc.models.hugging_face import parse_hf_config
 from megatron_dmc.training.pretrain import prepare
 from tests import toy_family
-from tests.layouts.ranks import run_ranks
+from tests.short_run import train_stage, write_data
 
 CONFIG, UNVERIFIED = toy_family.CONFIG, Options(verify=False)
 TOKENS = [*range(3, 26), 96]
@@ -111,10 +109,8 @@ def test_megatrons_own_layers_compute_the_same(tmp_path, clears):
 
 @pytest.fixture
 def base(source, tmp_path):
-    """An imported model, and data whose sequences are all ``TOKENS``: documents of that length, all alike."""
-    with IndexedWriter(tmp_path / "data", CONFIG.vocab_size) as writer:
-        for _ in range(40):
-            writer.add(np.array(TOKENS))
+    """An imported model, and data whose sequences are all ``TOKENS``."""
+    write_data(tmp_path, TOKENS, CONFIG.vocab_size)
     return import_checkpoint(source, tmp_path / "base", options=UNVERIFIED)
 
 
@@ -159,24 +155,5 @@ def test_megatrons_own_model_is_refused_where_it_would_compute_something_else(ba
         prepare(["--dmc-stage", "off", "--pretrained-checkpoint", str(base), "--train-iters", "1", "--mock-data"])
 
 
-def _train(directory, stage: str, base: str, steps: int, ranks: int = 1, **flags: object) -> list[dict[str, float]]:
-    usual = {
-        "dmc_stage": stage,
-        "pretrained_checkpoint": directory / base,
-        "save": directory / stage,
-        "data_path": directory / "data",
-        "data_cache_path": directory / "cache",
-        "dmc_total_samples": 16,
-        "seq_length": len(TOKENS),
-        "micro_batch_size": 1,
-        "global_batch_size": 2,
-        "train_iters": steps,
-        "save_interval": steps,
-        "split": "100,0,0",
-        "eval_iters": 0,
-        "log_interval": 1,
-    }
-    merged = {"--" + name.replace("_", "-"): str(value) for name, value in (usual | flags).items() if value is not None}
-    argv = [part for flag in merged.items() for part in flag if part]
-    records = run_ranks(toy_family.train, ranks, directory / f"logs_{stage}_{ranks}", argv)
-    return next(record.steps for record in records if record.steps)
+def _train(directory, stage: str, base: str, steps: int, **changes: object) -> list[dict[str, float]]:
+    return train_stage(directory, stage, base, steps, seq_length=len(TOKENS), function=toy_family.train, **changes)

@@ -22,6 +22,7 @@ from megatron_dmc.models.config import ModelConfig
 from megatron_dmc.models.families import FAMILIES, Family
 from megatron_dmc.models.hugging_face import to_hf_config
 from megatron_dmc.ops.rope_scaling import RopeScaling
+from tests import short_run
 from tests.checkpoints_convert.models import random_tensors
 
 TOY = Family(
@@ -120,10 +121,8 @@ def _frequency(channel: int) -> float:
 
 
 def train(argv: list[str]) -> Any:
-    """As ``probe.train``, on a rank that has imported this module. Only ranks may load Megatron."""
-    from tests.layouts import probe
-
-    return probe.train(argv)
+    """As ``short_run.train``, on a rank that has imported this module."""
+    return short_run.train(argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from megatron_dmc.checkpoint.pickles import Name, Record
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.config import SCHEMA_VERSION, SINCE_2, DMCConfig, has_adapter
 from megatron_dmc.models.config import ModelConfig
-from megatron_dmc.models.families import family_of
+from megatron_dmc.models.families import FAMILIES, Family, family_of
 from megatron_dmc.models.megatron import SETTINGS, Setting, number_of, scaling_from_arguments
 from megatron_dmc.models.tensors import EMBEDDING
 
@@ -25,7 +25,10 @@ DMC_PREFIX = "dmc_"
 SCHEMA_ARGUMENT = "dmc_schema_version"
 
 _NUMBER = (int, float)
-_TYPES: dict[str, tuple[type, ...]] = {"family": (str,), "qk_norm": (bool,)}
+_OF_FAMILY = ("qk_norm", "qkv_bias")
+"""Fields that a family determines."""
+_FAMILY_ARGUMENT = "dmc_model_family"
+_TYPES: dict[str, tuple[type, ...]] = {"family": (str,)} | dict.fromkeys(_OF_FAMILY, (bool,))
 """Of fields that are no numbers."""
 
 
@@ -87,7 +90,8 @@ def _plain(value: Any) -> Any:
 def config_from_arguments(args: Mapping[str, Any], padded_vocab_size: int, what: str) -> ModelConfig:
     """The model that saved arguments describe; the inverse of :func:`megatron_dmc.models.megatron.megatron_arguments`.
 
-    ``vocab_size`` is the saved one; where Megatron saved none, the padded size stands for it.
+    ``vocab_size`` is the saved one; where Megatron saved none, the padded size stands for it. Where no family is named,
+    which only ``megatron-dmc`` does, it is the first one with the model's block.
 
     Raises:
         ValueError: another kind of model (the argument is named), or a missing argument.
@@ -103,12 +107,7 @@ def config_from_arguments(args: Mapping[str, Any], padded_vocab_size: int, what:
         raise ValueError(
             f"{what}: vocab_size={values['vocab_size']} exceeds the {padded_vocab_size} rows of its embedding"
         )
-    family = family_of(values["family"])
-    if values["qk_norm"] != family.qk_norm:
-        raise ValueError(
-            f"{what} was trained with qk_layernorm={values['qk_norm']}: models of the family {family.name} have "
-            f"{family.qk_norm}"
-        )
+    values["family"] = _family(args, {field: values[field] for field in _OF_FAMILY}, what).name
     return ModelConfig(
         **values,
         rope_theta=number_of(args, "rotary_base", 10000.0),
@@ -116,6 +115,17 @@ def config_from_arguments(args: Mapping[str, Any], padded_vocab_size: int, what:
         tie_word_embeddings=not args.get("untie_embeddings_and_output_weights"),
         dtype=next((name for flag, name in (("bf16", "bfloat16"), ("fp16", "float16")) if args.get(flag)), "float32"),
     )
+
+
+def _family(args: Mapping[str, Any], block: dict[str, bool], what: str) -> Family:
+    """The family that saved arguments name; where they name none, as Megatron's own, the first one with its block."""
+    named = args.get(_FAMILY_ARGUMENT)
+    for family in FAMILIES.values() if named is None else [family_of(named)]:
+        if all(getattr(family, field) == value for field, value in block.items()):
+            return family
+    stated = ", ".join(f"{setting.argument}={block[setting.field]}" for setting in SETTINGS if setting.field in block)
+    whose = "no family that is known is" if named is None else f"models of the family {named} are not"
+    raise ValueError(f"{what} was trained with {stated}: {whose} made so")
 
 
 def _field_values(args: Mapping[str, Any], padded_vocab_size: int, what: str) -> dict[str, Any]:

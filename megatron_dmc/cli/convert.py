@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_import(commands: Any) -> None:
-    parser = _add_conversion(commands, "import", "Hugging Face Llama -> Megatron checkpoint", _run_import)
+    parser = _add_conversion(commands, "import", "Hugging Face model -> Megatron checkpoint", _run_import)
     parser.add_argument(
         "--format",
         choices=("torch_dist", "torch"),
@@ -62,7 +62,7 @@ def _add_import_dmc_release(commands: Any) -> None:
 
 
 def _add_merge_kv_heads(commands: Any) -> None:
-    about = "average the K and V heads of a Llama in groups (the GQA up-training baseline)"
+    about = "average the K and V heads of a model in groups (the GQA up-training baseline)"
     parser = _add_conversion(commands, "merge-kv-heads", about, _run_merge_kv_heads)
     parser.add_argument("--num-kv-heads", type=int, required=True, help="KV heads of the result; divides the model's")
     _add_ignored_settings(parser)

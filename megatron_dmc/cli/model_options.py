@@ -31,7 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="Megatron checkpoint, or Hugging Face directory (exported or plain Llama)",
+        help="Megatron checkpoint, or Hugging Face directory (exported or plain model)",
     )
     parser.add_argument(
         "--tokenizer",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
+from megatron_dmc.hf.configuration_dmc_llama import CompressedConfig
 from megatron_dmc.inference.cache.paged_kv_cache import DEFAULT_BLOCK_SIZE, CacheShape, PagedKVCache
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.methods import method_of
@@ -27,7 +27,7 @@ class DMCCache(Cache):
         block_size: entries per block.
     """
 
-    def __init__(self, config: DMCLlamaConfig, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
+    def __init__(self, config: CompressedConfig, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
         super().__init__(layers=[_LayerView(self) for _ in range(config.num_hidden_layers)])
         self.shape, self.settings, self.block_size = config.shape(), config.settings(), block_size
         self.method = method_of(self.settings)
@@ -137,7 +137,7 @@ class _LayerView(CacheLayerMixin):
         """Nothing: see :meth:`DMCCache.prepare`."""
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError("a DMCCache is written by DMCLlamaForCausalLM only: give another model its own cache")
+        raise ValueError("a DMCCache is written by the models of megatron_dmc.hf only: give others their own cache")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.num_columns + query_length, 0

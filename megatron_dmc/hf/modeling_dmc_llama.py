@@ -1,4 +1,6 @@
-"""Llama with a compressed cache for transformers: its modules and weights, our attention between the projections.
+"""Models with a compressed cache for transformers: its modules and weights, our attention between the projections.
+
+The classes that begin with ``Compressed`` are what all families share, standing before those of transformers.
 
 A forward pass takes hard decisions; it equals decoding token by token. Padding is honoured wherever it stands: the
 tokens of all rows are packed one row after the other before the first layer, and go back to their places behind the
@@ -14,14 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel, LlamaRMSNorm
 from transformers.utils import can_return_tuple
 
 from megatron_dmc.hf.cache_dmc_llama import DMCCache
 from megatron_dmc.hf.columns import shown_columns
-from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
+from megatron_dmc.hf.configuration_dmc_llama import CompressedConfig
 from megatron_dmc.inference.decoder.layer_attention import Attention, CachedAttention, WholeAttention
 from megatron_dmc.methods import method_of
 from megatron_dmc.methods.step import Step
@@ -35,21 +37,21 @@ _MODES = (
 )
 
 
-class DMCLlamaAttention(LlamaAttention):
-    """Llama's projections around attention over packed tokens, and the adapter of a model that has one."""
+class CompressedAttention(torch.nn.Module):
+    """A family's projections around attention over packed tokens, and the adapter of a model that has one."""
 
-    def __init__(self, config: DMCLlamaConfig, layer_idx: int) -> None:
+    def __init__(self, config: CompressedConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.has_adapter = config.shape().adapter
         if self.has_adapter:
-            self.dms_proj_alpha_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.dms_proj_alpha_norm = torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.dms_proj_alpha = torch.nn.Linear(config.hidden_size, config.num_key_value_heads, bias=False)
 
     def forward(
         self, hidden_states: Tensor, *, dmc_attention: Attention, dmc_hidden: Tensor, **unused: Any
     ) -> tuple[Tensor, None]:
-        """``dmc_attention`` comes through the decoder layer from :meth:`DMCLlamaModel.forward`, and so does the hidden
-        state before the layer's first norm.
+        """``dmc_attention`` comes through the decoder layer from :meth:`CompressedModel.forward`, and so does the
+        hidden state before the layer's first norm.
         """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states[0]).unflatten(-1, (-1, self.head_dim)) for project in projections)
@@ -59,6 +61,7 @@ class DMCLlamaAttention(LlamaAttention):
                 f"{k.shape[-2]} of {whole} KV heads are here: transformers' tp_plan does not share out the cache; use "
                 "torchrun with megatron-dmc generate"
             )
+        q, k = self.normed(q, k)
         adapter = self._adapt(dmc_hidden[0]) if self.has_adapter else None
         return self.o_proj(dmc_attention(self.layer_idx, q, k, v, adapter).flatten(-2)).unsqueeze(0), None
 
@@ -66,8 +69,12 @@ class DMCLlamaAttention(LlamaAttention):
         """float32 [T, G]: see ``Decoder``."""
         norm = self.dms_proj_alpha_norm
         weight_H = norm.weight.float()
-        normed_TH = F.rms_norm(hidden_TH.float(), weight_H.shape, weight_H, norm.variance_epsilon)
+        normed_TH = F.rms_norm(hidden_TH.float(), weight_H.shape, weight_H, norm.eps)
         return F.linear(normed_TH, self.dms_proj_alpha.weight.float())
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as decisions are read from them: in most families as they are projected."""
+        return q, k
 
 
 class OwnAttention:
@@ -77,15 +84,15 @@ class OwnAttention:
         return "eager"
 
 
-class DMCLlamaModel(OwnAttention, LlamaModel):
+class CompressedModel(OwnAttention, PreTrainedModel):
     """The decoder without its output layer."""
 
-    config_class = DMCLlamaConfig
+    attention_class: type[CompressedAttention]
 
-    def __init__(self, config: DMCLlamaConfig) -> None:
+    def __init__(self, config: CompressedConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.layers):
-            layer.self_attn = DMCLlamaAttention(config, index)
+            layer.self_attn = self.attention_class(config, index)
         self.shape, self.method = config.shape(), method_of(config.settings())
         self.post_init()
 
@@ -209,10 +216,10 @@ class _NoGradient(torch.autograd.Function):
         raise ValueError("no gradient passes a compressed cache: call the model with use_cache=False, or model.train()")
 
 
-class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
+class CompressedForCausalLM(OwnAttention, PreTrainedModel):
     """The decoder with its output layer: forward passes, loss and ``generate``."""
 
-    config_class = DMCLlamaConfig
+    model_class: type[CompressedModel]
     _supports_sdpa = False
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -221,10 +228,10 @@ class DMCLlamaForCausalLM(OwnAttention, LlamaForCausalLM):
     _is_stateful = True
     _supported_generation_modes = _MODES
 
-    def __init__(self, config: DMCLlamaConfig) -> None:
-        # Past LlamaForCausalLM's own, which would build a decoder of the other kind.
-        super(LlamaForCausalLM, self).__init__(config)
-        self.model = DMCLlamaModel(config)
+    def __init__(self, config: CompressedConfig) -> None:
+        # Past that of transformers' family, which would build a decoder of the other kind.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -270,7 +277,7 @@ def _refuse(arguments: dict[str, Any]) -> None:
         raise ValueError("is_causal=False: later tokens decide what becomes of earlier ones; leave it out")
 
 
-def _check_cache(cache: Any, model: DMCLlamaModel) -> None:
+def _check_cache(cache: Any, model: CompressedModel) -> None:
     if not isinstance(cache, DMCCache):
         raise ValueError(f"past_key_values is a {type(cache).__name__}: this model needs a DMCCache, or none to start")
     for name in ("num_layers", "num_kv_heads", "head_dim"):

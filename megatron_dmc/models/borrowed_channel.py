@@ -3,10 +3,10 @@
 DMC reads importance from every query head and decisions from every key head, DMS decisions from the first query head of
 each KV head, unless an adapter decides.
 
-Where they come from. Without ``qk_norm`` a channel is one row of the projection of q or k, and the model without it
-is the model with that row at zero. With ``qk_norm`` the head passes through ``w * x / rms(x)`` first, and decisions
-are read behind it. The model without the channel is then the one with the last element of ``w`` at zero: the row
-itself must stay, because it is part of ``rms(x)``, which scales the other channels.
+Where they come from. Without ``qk_norm`` a channel is one row of the projection of q or k (where there is a bias, with
+its element), and the model without it is the model with that row at zero. With ``qk_norm`` the head passes through
+``w * x / rms(x)`` first, and decisions are read behind it. The model without the channel is then the one with the last
+element of ``w`` at zero: the row itself must stay, because it is part of ``rms(x)``, which scales the other channels.
 
 Where a retrofit starts. The channel must be zero and able to learn. The row at zero does both, with ``qk_norm`` too,
 if ``w`` is not zero there: the gradient of each of the two factors contains the other one, so that with both at zero
@@ -65,7 +65,8 @@ def without_borrowed_channels(role: str, weight: Tensor, config: ModelConfig, bo
     Raises:
         ValueError: only some of the heads that share a norm lend one: no plain model computes the same.
     """
-    if role not in (("q_norm", "k_norm") if config.qk_norm else ("q", "k")) or borrowed == NO_HEAD:
+    roles = ("q_norm", "k_norm") if config.qk_norm else ("q", "k", "q_bias", "k_bias")
+    if role not in roles or borrowed == NO_HEAD:
         return weight
     if config.qk_norm and borrowed.queries is not None:
         raise ValueError(

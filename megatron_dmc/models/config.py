@@ -28,10 +28,10 @@ SIZE_LIMITS = {
 class ModelConfig:
     """Everything that determines the computation of a model, and its stored dtype.
 
-    All families share one block (RMSNorm, grouped queries with rotary embeddings, SwiGLU, no biases); ``family`` names
-    the table in ``families`` that says how its tensors are called, ``qk_norm`` adds an RMSNorm over the channels of
-    every query and key head before their rotation, ``adapter`` a norm and a projection per layer that decide about the
-    cache (settings ``decision_source`` of DMS).
+    All families share one block (RMSNorm, grouped queries with rotary embeddings, SwiGLU); ``family`` names the table
+    in ``families`` that says how its tensors are called, ``qk_norm`` adds an RMSNorm over the channels of every query
+    and key head before their rotation, ``qkv_bias`` biases to the projections of queries, keys and values, ``adapter``
+    a norm and a projection per layer that decide about the cache (settings ``decision_source`` of DMS).
 
     Raises ``ValueError`` on sizes out of bounds or heads that do not divide into groups.
     """
@@ -51,6 +51,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     family: str = "llama"
     qk_norm: bool = False
+    qkv_bias: bool = False
     adapter: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +81,7 @@ class ModelConfig:
         heads = 2 * self.num_attention_heads + 2 * self.num_kv_heads
         layer = self.hidden_size * (heads * self.head_dim + 3 * self.ffn_hidden_size + 2)
         layer += 2 * self.head_dim * self.qk_norm
+        layer += (self.num_attention_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
         layer += self.hidden_size * (self.num_kv_heads + 1) * self.adapter
         vocabulary = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + vocabulary + self.hidden_size

@@ -29,8 +29,10 @@ class Family:
         tensor_names: Hugging Face's name of every tensor, by our word for it (``tensors.Part``); ``*`` is the layer.
             Those of adapters follow (:meth:`tensor_name`).
         qk_norm: queries and keys pass through an RMSNorm of their own before they are rotated.
+        qkv_bias: the projections of queries, keys and values have biases.
         stated: settings that ``config.json`` must state, because transformers would fill in others.
-        fixed: settings of this family alone that must be absent or have one of these values; the first is written.
+        fixed: settings that in this family must be absent or have one of these values; the first is written.
+        harmless: settings that change nothing in this family, as long as the others are as they must be.
     """
 
     model_type: str
@@ -38,8 +40,10 @@ class Family:
     architecture: str
     tensor_names: Mapping[str, str]
     qk_norm: bool = False
+    qkv_bias: bool = False
     stated: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
 
     def tensor_name(self, role: str) -> str:
         """Hugging Face's name of a tensor."""
@@ -82,7 +86,46 @@ LLAMA = Family(
 # A Mistral without sliding windows is a Llama and goes on as one.
 MISTRAL = dataclasses.replace(LLAMA, model_type="mistral", stated=("num_key_value_heads", "sliding_window"))
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL)}
+_QWEN = dataclasses.replace(
+    LLAMA,
+    stated=("num_key_value_heads", "max_position_embeddings"),
+    fixed={"use_sliding_window": (False, None)},
+    # A window that use_sliding_window leaves closed.
+    harmless=("sliding_window",),
+)
+
+# Also Qwen 2.5 and models distilled into either. transformers gives the projections biases whatever a file says.
+QWEN2 = dataclasses.replace(
+    _QWEN,
+    model_type="qwen2",
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    tensor_names={
+        **LLAMA.tensor_names,
+        "q_bias": "model.layers.*.self_attn.q_proj.bias",
+        "k_bias": "model.layers.*.self_attn.k_proj.bias",
+        "v_bias": "model.layers.*.self_attn.v_proj.bias",
+    },
+    qkv_bias=True,
+    fixed={**_QWEN.fixed, "attention_bias": (True, None)},
+    harmless=("qkv_bias", "use_qkv_bias", *_QWEN.harmless),
+)
+
+QWEN3 = dataclasses.replace(
+    _QWEN,
+    model_type="qwen3",
+    name="qwen3",
+    architecture="Qwen3ForCausalLM",
+    tensor_names={
+        **LLAMA.tensor_names,
+        "q_norm": "model.layers.*.self_attn.q_norm.weight",
+        "k_norm": "model.layers.*.self_attn.k_norm.weight",
+    },
+    qk_norm=True,
+    stated=("head_dim", *_QWEN.stated),
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 """By model type."""
 
 

@@ -34,19 +34,19 @@ def padded_vocab_size(vocab_size: int, tensor_size: int = 1) -> int:
 
 
 def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
-    """q ``[N D, h]``, k and v ``[G D, h]`` -> ``[(N + 2 G) D, h]``: per KV head its queries, its key, its value."""
-    groups, hidden = config.num_kv_heads, q.shape[-1]
-    queries = config.queries_per_kv_head * config.head_dim
-    parts = (q.reshape(groups, queries, hidden), k.reshape(groups, -1, hidden), v.reshape(groups, -1, hidden))
-    return _concatenate(parts, 1).reshape(-1, hidden)
+    """q ``[N D, h]``, k and v ``[G D, h]`` -> ``[(N + 2 G) D, h]``: per KV head its queries, its key, its value.
+
+    Biases, which have no axis of h, the same way.
+    """
+    by_group = [part.unflatten(0, (config.num_kv_heads, -1)) for part in (q, k, v)]
+    return _concatenate(by_group, 1).flatten(0, 1)
 
 
 def split_qkv(fused: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of :func:`fuse_qkv`."""
-    groups, hidden, head_dim = config.num_kv_heads, fused.shape[-1], config.head_dim
-    by_group = fused.reshape(groups, -1, hidden)
+    by_group, head_dim = fused.unflatten(0, (config.num_kv_heads, -1)), config.head_dim
     sizes = (config.queries_per_kv_head * head_dim, head_dim, head_dim)
-    q, k, v = (part.reshape(-1, hidden) for part in by_group.split(sizes, dim=1))
+    q, k, v = (part.flatten(0, 1) for part in by_group.split(sizes, dim=1))
     return q, k, v
 
 

@@ -58,6 +58,7 @@ def parse_hf_config(
         dtype=_parse_dtype(given),
         family=family.name,
         qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
         adapter=has_adapter(dmc),
     )
     return config, dmc

@@ -89,8 +89,9 @@ def check_settings(given: Mapping[str, Any], family: Family, ignored: Collection
     Raises:
         ValueError: a setting at a value that is not supported, or an unknown one with a value.
     """
-    _check_fixed(given, {**FIXED_SETTINGS, **family.fixed})
-    known = READ_SETTINGS | FIXED_SETTINGS.keys() | HARMLESS_SETTINGS | family.fixed.keys()
+    fixed = {name: FIXED_SETTINGS[name] for name in FIXED_SETTINGS.keys() - family.harmless} | dict(family.fixed)
+    _check_fixed(given, fixed)
+    known = READ_SETTINGS | HARMLESS_SETTINGS | fixed.keys() | set(family.harmless)
     notes, refused = [], []
     for name in sorted(given.keys() - known):
         if name in ignored:

@@ -55,6 +55,12 @@ ROWS = (
         fusion.QKV,
         (Part("q", ("q", "h")), Part("k", ("kv", "h")), Part("v", ("kv", "h"))),
     ),
+    Row(
+        f"{_ATTENTION}.linear_qkv.bias",
+        fusion.QKV,
+        (Part("q_bias", ("q",)), Part("k_bias", ("kv",)), Part("v_bias", ("kv",))),
+        flag="qkv_bias",
+    ),
     Row(f"{_ATTENTION}.q_layernorm.weight", fusion.REPLICATED, (Part("q_norm", ("d",)),), flag="qk_norm"),
     Row(f"{_ATTENTION}.k_layernorm.weight", fusion.REPLICATED, (Part("k_norm", ("d",)),), flag="qk_norm"),
     Row(f"{_ATTENTION}.decision_norm.weight", fusion.REPLICATED, (Part("decision_norm", ("h",)),), flag="adapter"),

@@ -45,6 +45,23 @@ def test_a_llama_survives_megatrons_arguments(config):
     assert config_from_arguments(megatron_arguments(config), 1024, "it") == config
 
 
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_other_families_survive_and_are_refused_without_what_makes_them(variant):
+    arguments = megatron_arguments(VARIANTS[variant])
+    assert config_from_arguments(arguments, 384, "it") == VARIANTS[variant]
+    with pytest.raises(ValueError, match=f"=False: models of the family {variant} are not"):
+        config_from_arguments(arguments | {"qk_layernorm": False, "add_qkv_bias": False}, 384, "it")
+
+
+@pytest.mark.parametrize("variant", ["gqa", "qwen2", "qwen3"])
+def test_a_checkpoint_of_megatron_itself_is_of_the_family_with_its_block(variant):
+    arguments = megatron_arguments(VARIANTS[variant])
+    del arguments["dmc_model_family"]
+    assert config_from_arguments(arguments, 384, "it") == VARIANTS[variant]
+    with pytest.raises(ValueError, match="qk_layernorm=True, add_qkv_bias=True: no family"):
+        config_from_arguments(arguments | {"qk_layernorm": True, "add_qkv_bias": True}, 384, "it")
+
+
 @given(st.builds(DMCConfig, window_size=st.integers(0, 64), stop_at_cr=st.none() | st.floats(1, 8)))
 def test_dmc_settings_survive(dmc):
     assert dmc_from_arguments(dmc_arguments(dmc), "it") == dmc
@@ -64,6 +81,7 @@ def test_a_converted_checkpoint_describes_its_model(torch_dist, legacy):
         ("swiglu", False),
         ("add_bias_linear", True),
         ("qk_layernorm", True),
+        ("add_qkv_bias", True),
         ("num_experts", 8),
         ("position_embedding_type", "learned_absolute"),
         ("rotary_percent", 0.5),

@@ -37,6 +37,8 @@ VARIANTS = {
     "llama3": dataclasses.replace(
         TINY, rope_theta=500000.0, rope_scaling=RopeScaling("llama3", 8.0), max_position_embeddings=16384
     ),
+    "qwen2": dataclasses.replace(TINY, family="qwen2", qkv_bias=True, rope_theta=1e6, rms_norm_eps=1e-6),
+    "qwen3": dataclasses.replace(TINY, family="qwen3", qk_norm=True, rope_theta=1e6, tie_word_embeddings=True),
     "linear": dataclasses.replace(TINY, rope_scaling=RopeScaling("linear", 2.0), rms_norm_eps=1e-6),
 }
 
@@ -47,8 +49,9 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
     tensors = {}
     for entry in entries(config):
         for name, shape in zip(entry.hf_names, entry.hf_shapes(config), strict=True):
-            weight = torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1)
-            tensors[name] = (weight + (1 if len(shape) == 1 else 0)).to(getattr(torch, config.dtype))
+            is_norm = len(shape) == 1 and not name.endswith(".bias")
+            weight = torch.randn(shape, generator=generator) * (0.1 if is_norm else 0.3)
+            tensors[name] = (weight + is_norm).to(getattr(torch, config.dtype))
     return tensors
 
 
@@ -71,8 +74,12 @@ def write_with_transformers(directory: Path, config: ModelConfig, seed: int = 0)
     settings = {
         name: value for name, value in to_hf_config(config).items() if name not in ("architectures", "torch_dtype")
     }
-    theirs = transformers.LlamaConfig(**settings, initializer_range=0.3)
-    model = transformers.LlamaForCausalLM(theirs).to(getattr(torch, config.dtype))
+    theirs = transformers.AutoConfig.for_model(**settings, initializer_range=0.3)
+    model = transformers.AutoModelForCausalLM.from_config(theirs).to(getattr(torch, config.dtype))
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            # Norms begin with ones and biases with zeros there, which would hide what becomes of them.
+            weight.data += 0.3 * torch.randn_like(weight)
     model.save_pretrained(directory, max_shard_size="40KB")
     return directory
 
@@ -81,7 +88,7 @@ def transformers_logits(directory: Path, tokens: list[list[int]]) -> torch.Tenso
     """Logits in float32 of transformers' whole model; it must find every tensor and no other."""
     import transformers
 
-    model, told = transformers.LlamaForCausalLM.from_pretrained(
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
     assert not any(told.values()), told

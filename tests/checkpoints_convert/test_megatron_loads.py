@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("megatron.core")
 
 TOKENS = [[1, 5, 200, 7, 64, 64, 2], [3, 3, 100, 9, 255, 0, 11]]
-CHECKED = ("mha", "gqa", "tied", "bf16", "llama3", "linear")
+CHECKED = ("mha", "gqa", "tied", "bf16", "llama3", "linear", "qwen2", "qwen3")
 TOLERANCE = 2e-5  # of the largest logit: rounding of four layers in float32
 
 

@@ -14,22 +14,24 @@ from tests.checkpoints_convert.models import TINY, VARIANTS, write_model
 
 UNVERIFIED = Options(verify=False)
 FOUR_HEADS = VARIANTS["mha"]
+WITH_BIASES = dataclasses.replace(VARIANTS["qwen2"], num_kv_heads=4, head_dim=8)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["hugging_face", "megatron"])
-def test_heads_are_averages_of_their_neighbours(tmp_path, groups, kind):
-    source = write_model(tmp_path / "hf", FOUR_HEADS)
+@pytest.mark.parametrize("config", [FOUR_HEADS, WITH_BIASES], ids=["llama", "qwen2"])
+def test_heads_are_averages_of_their_neighbours(tmp_path, groups, kind, config):
+    source = write_model(tmp_path / "hf", config)
     if kind == "megatron":
         import_checkpoint(source, tmp_path / "m", options=UNVERIFIED)
     merge_kv_heads(source if kind == "hugging_face" else tmp_path / "m", tmp_path / "out", num_kv_heads=groups)
     before, after = open_source(source), open_source(tmp_path / "out")
     assert isinstance(after, HuggingFaceSource if kind == "hugging_face" else MegatronSource)
-    assert after.config == dataclasses.replace(FOUR_HEADS, num_kv_heads=groups)
+    assert after.config == dataclasses.replace(config, num_kv_heads=groups)
     for name in before.names():
         expected = before.tensor(name)
         if "k_proj" in name or "v_proj" in name:
-            expected = expected.view(groups, 4 // groups, 8, 32).mean(1).reshape(-1, 32)
+            expected = expected.view(groups, 4 // groups, 8, *expected.shape[1:]).mean(1).flatten(0, 1)
         assert torch.allclose(after.tensor(name), expected, atol=1e-6), name
 
 

@@ -59,7 +59,7 @@ def test_every_variant_in_every_layout(tmp_path, variant, layout):
         assert manifest_problems(directory) == []
 
 
-@pytest.mark.parametrize("variant", ["gqa", "tied", "bf16", "llama3"])
+@pytest.mark.parametrize("variant", ["gqa", "tied", "bf16", "llama3", "qwen2", "qwen3"])
 def test_transformers_loads_the_export_and_computes_the_same(tmp_path, variant):
     pytest.importorskip("transformers")
     source = write_with_transformers(tmp_path / "hf", VARIANTS[variant])

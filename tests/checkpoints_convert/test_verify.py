@@ -183,7 +183,7 @@ def test_without_transformers_or_megatron_the_comparison_fails_and_says_so(pair,
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("variant", ["gqa", "tied", "bf16", "llama3", "linear"])
+@pytest.mark.parametrize("variant", ["gqa", "tied", "bf16", "llama3", "linear", "qwen2", "qwen3"])
 def test_megatrons_and_transformers_layers_agree(tmp_path, variant):
     pytest.importorskip("transformers")
     source = write_model(tmp_path / "hf", VARIANTS[variant])

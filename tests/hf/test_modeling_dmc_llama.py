@@ -9,9 +9,11 @@ import torch
 from megatron_dmc.checkpoint.source import open_source
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.inference.decoder.decoder import Decoder
+from megatron_dmc.models.families import family_of
 from megatron_dmc.ops.rope_scaling import RopeScaling
 from tests.hf.exported import PROMPTS, SETTINGS, TOLERANCE, load, our_logits, padded, random_tokens
 from tests.inference.model_directory import write_model
+from tests.inference.tiny_model import QWEN2, QWEN3
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("megatron_dmc.hf")
@@ -31,13 +33,15 @@ def test_attention_is_its_own_whatever_a_script_asks_for(directory, model, name)
         {"num_kv_heads": 1, "tie_word_embeddings": True},
         {"rope_scaling": RopeScaling("llama3", 8.0, original_max_position_embeddings=32), "rope_theta": 500000.0},
         {"rope_scaling": RopeScaling("linear", 2.0)},
+        QWEN2,
+        QWEN3,
     ],
-    ids=["mha", "mqa-tied", "gqa-llama3", "gqa-linear"],
+    ids=["mha", "mqa-tied", "gqa-llama3", "gqa-linear", "qwen2", "qwen3"],
 )
 def test_forward_equals_our_model(changes, tmp_path):
     source = write_model(tmp_path / "model", SETTINGS, **changes)
     model = load(tmp_path / "model")
-    assert type(model) is hf.DMCLlamaForCausalLM
+    assert type(model).__name__ == family_of(source.config.family).dmc_architecture
     assert model.config.settings() == SETTINGS
     expected = our_logits(Decoder(source), random_tokens())
     with torch.no_grad():

@@ -13,7 +13,7 @@ from megatron_dmc.inference.engine import Engine
 from megatron_dmc.inference.sampling import SamplingParams
 from megatron_dmc.methods import policy
 from tests.inference.threads import on_ranks
-from tests.inference.tiny_model import RandomSource, tiny_llama
+from tests.inference.tiny_model import QWEN2, QWEN3, RandomSource, tiny_llama
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5], list(range(40))]
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -99,8 +99,10 @@ def test_heads_that_cannot_be_shared_are_refused(size):
         {"num_kv_heads": 8},
         {"num_attention_heads": 4},
         {"ffn_hidden_size": 49, "vocab_size": 53, "tie_word_embeddings": True},
+        QWEN2,
+        QWEN3,
     ],
-    ids=["gqa", "mha", "one query head per rank", "uneven"],
+    ids=["gqa", "mha", "one query head per rank", "uneven", "qwen2", "qwen3"],
 )
 @pytest.mark.parametrize("size", [2, 4])
 def test_whole_forward_passes(size, changes):

@@ -14,7 +14,7 @@ from megatron_dmc.ops.cache_update import reference
 from megatron_dmc.ops.decisions import hard_decisions, importance
 from megatron_dmc.ops.rope import cos_sin, inverse_frequencies
 from tests.inference.paged_decode import paged_decode
-from tests.inference.tiny_model import tiny_model
+from tests.inference.tiny_model import QWEN2, QWEN3, tiny_model
 
 LENGTH = 60
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (3, 1)}
@@ -70,6 +70,16 @@ def test_whole_model(heads, window_size, decisions_per):
     torch.testing.assert_close(decoded, expected, **TOLERANCE)
     appended_LBG = (~torch.stack(trace.alpha)).sum(dim=1)
     assert torch.equal(cache.cache_seqlens[:, rows].long(), appended_LBG)
+
+
+@pytest.mark.parametrize("family", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_decisions_behind_biases_and_norms(family):
+    model = tiny_model(DMCConfig(window_size=12, decision_bias=-1.0), **family)
+    token_SB = random_tokens(3)
+    expected, trace = whole_log_probs(model, token_SB)
+    assert 0.2 < torch.stack(trace.alpha).float().mean() < 0.8
+    decoded, _, _ = decoded_log_probs(model, token_SB, [23, 1, 60])
+    torch.testing.assert_close(decoded, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("window_size", [1, 12])

@@ -1,4 +1,4 @@
-"""Small random Llamas for tests, whose heads decide, and decide differently."""
+"""Small random models for tests, whose heads decide, and decide differently."""
 
 import dataclasses
 
@@ -40,6 +40,8 @@ class RandomSource:
                 "mlp.down_proj": random(hidden, ffn, scale=1 / ffn**0.5),
             }
             layer["self_attn.k_proj"][config.head_dim - 1 :: config.head_dim] *= 4 / 1.5
+            if config.qk_norm:
+                layer |= {f"self_attn.{which}_norm": 1 + random(config.head_dim, scale=0.1) for which in "qk"}
             if self.config.adapter:
                 layer["self_attn.dms_proj_alpha_norm"] = 1 + random(hidden, scale=0.1)
                 layer["self_attn.dms_proj_alpha"] = random(config.num_kv_heads, hidden, scale=0.04 / hidden**0.5)
@@ -47,6 +49,10 @@ class RandomSource:
                 group_size = config.queries_per_kv_head * config.head_dim
                 layer["self_attn.q_proj"][config.head_dim - 1 :: group_size] *= 4 / 1.5
             self.tensors |= {f"{prefix}.{name}.weight": tensor for name, tensor in layer.items()}
+            if config.qkv_bias:
+                sizes = {"q": q_size, "k": kv_size, "v": kv_size}
+                biases = {f"{prefix}.self_attn.{which}_proj.bias": random(sizes[which], scale=0.5) for which in "qkv"}
+                self.tensors |= biases
         self.tensors["model.norm.weight"] = 1 + random(hidden, scale=0.1)
         if not config.tie_word_embeddings:
             self.tensors["lm_head.weight"] = random(config.vocab_size, hidden, scale=2 / hidden**0.5)
@@ -56,6 +62,11 @@ class RandomSource:
 
     def tensor(self, name, cut=None):
         return self.tensors[name] if cut is None else cut.of(self.tensors[name])
+
+
+QWEN2 = {"family": "qwen2", "qkv_bias": True}
+QWEN3 = {"family": "qwen3", "qk_norm": True}
+"""Changes that make a tiny Llama one of these."""
 
 
 def tiny_llama(num_attention_heads=4, num_kv_heads=2, **changes) -> ModelConfig:

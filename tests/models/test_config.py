@@ -70,7 +70,7 @@ def test_the_old_name_of_the_rope_type():
         ("quantization_config", {"bits": 4}),
         ("auto_map", {"AutoModel": "modeling.Model"}),
         ("layer_types", ["full_attention", "sliding_attention"]),
-        ("model_type", "qwen2"),
+        ("model_type", "qwen2_moe"),
         ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
         ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
         ("rope_scaling", {"rope_type": "linear", "factor": 2.0, "beta_fast": 1}),
@@ -103,6 +103,91 @@ def test_a_mistral_must_state_its_window():
     with pytest.raises(ValueError, match="sliding_window"):
         parse_hf_config(mistral)
     assert parse_hf_config({**mistral, "sliding_window": None})[0].num_kv_heads == 8
+
+
+QWEN25_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN3_8B = {
+    **QWEN25_7B,
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "transformers_version": "4.51.0",
+    "vocab_size": 151936,
+}
+
+
+def test_qwen_as_published():
+    qwen2, qwen3 = parse_hf_config(QWEN25_7B)[0], parse_hf_config(QWEN3_8B)[0]
+    assert (qwen2.family, qwen2.head_dim, qwen2.qkv_bias, qwen2.qk_norm) == ("qwen2", 128, True, False)
+    assert (qwen3.family, qwen3.head_dim, qwen3.qkv_bias, qwen3.qk_norm) == ("qwen3", 128, False, True)
+    # As the models' cards state them.
+    assert (round(qwen2.num_parameters / 1e9, 2), round(qwen3.num_parameters / 1e9, 1)) == (7.62, 8.2)
+
+
+@pytest.mark.parametrize("published", [QWEN25_7B, QWEN3_8B], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+        ("mlp_bias", True),
+        ("num_experts", 128),
+        ("dual_chunk_attention_config", {"chunk_size": 262144}),
+    ],
+)
+def test_what_changes_a_qwen_is_refused_by_name(published, name, value):
+    with pytest.raises(ValueError, match="rope" if name == "rope_scaling" else name):
+        parse_hf_config({**published, name: value})
+
+
+@pytest.mark.parametrize(
+    ("published", "refused"), [(QWEN25_7B, False), (QWEN3_8B, True)], ids=["biases always", "biases never"]
+)
+def test_a_qwen_has_the_biases_of_its_family(published, refused):
+    assert parse_hf_config({**published, "attention_bias": not refused}) == parse_hf_config(published)
+    with pytest.raises(ValueError, match=f"attention_bias={refused} is not supported"):
+        parse_hf_config({**published, "attention_bias": refused})
+
+
+@pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim", "max_position_embeddings"])
+def test_what_transformers_would_fill_in_for_a_qwen_must_be_stated(name):
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        parse_hf_config({key: value for key, value in QWEN3_8B.items() if key != name})
 
 
 def test_contradictions_in_one_file():

@@ -11,13 +11,13 @@ from megatron_dmc.models.tensors import EXTRA_STATE_MODULES, ROWS, by_hf_name, c
 from tests.checkpoints_convert.models import TINY, VARIANTS
 
 
-@pytest.mark.parametrize("variant", ["gqa", "tied"])
+@pytest.mark.parametrize("variant", ["gqa", "tied", "qwen2", "qwen3"])
 def test_transformers_names_and_shapes(variant):
     transformers = pytest.importorskip("transformers")
     config = VARIANTS[variant]
     settings = {name: value for name, value in to_hf_config(config).items() if name != "architectures"}
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     ours = {name: entry.hf_shapes(config)[place] for name, (entry, place) in by_hf_name(config).items()}
     assert ours == theirs

@@ -102,13 +102,19 @@ class Decoder:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: the model's configuration says {shape}")
             return tensor.to(self.device, dtype)
 
+        def stacked(layer: int, *roles: str) -> Tensor:
+            return torch.cat([load(role, layer) for role in roles])
+
         def load_layer(layer: int) -> LayerWeights:
             return LayerWeights(
                 attention_norm=load("attention_norm", layer),
-                qkv=Linear(torch.cat([load(role, layer) for role in ("q", "k", "v")])),
+                qkv=Linear(
+                    stacked(layer, "q", "k", "v"),
+                    stacked(layer, "q_bias", "k_bias", "v_bias") if config.qkv_bias else None,
+                ),
                 attention_output=Linear(load("attention_output", layer)),
                 mlp_norm=load("mlp_norm", layer),
-                gate_up=Linear(torch.cat([load(role, layer) for role in ("gate", "up")])),
+                gate_up=Linear(stacked(layer, "gate", "up")),
                 down=Linear(load("down", layer)),
                 q_norm=load("q_norm", layer) if config.qk_norm else None,
                 k_norm=load("k_norm", layer) if config.qk_norm else None,

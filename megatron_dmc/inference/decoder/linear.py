@@ -13,16 +13,18 @@ logger = logging.getLogger(__name__)
 
 
 class Linear:
-    """Multiplies vectors by a matrix, without a bias; inference alone.
+    """Multiplies vectors by a matrix and adds a bias, if there is one; inference alone.
 
     On a CPU the matrix is kept as oneDNN wants it, which takes a half to nine tenths of the time of ``F.linear``: most
     is won by few vectors on several cores.
 
     Args:
         weight: [out, in].
+        bias: [out]; None: there is none.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.bias = bias
         self._is_packed = _onednn_packs(weight.device.type, weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 
@@ -39,9 +41,9 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., out] from [..., in]."""
         if self._is_packed:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], None)
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], None)
             return product
-        return F.linear(x, self._weight)
+        return F.linear(x, self._weight, self.bias)
 
 
 @functools.cache

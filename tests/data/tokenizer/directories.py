@@ -1,4 +1,4 @@
-"""Tokenizer directories as they are published: Llama 2 with ChatML tokens, Llama 3, Llama 3's ranks alone."""
+"""Tokenizer directories as they are published: Llama 2 with ChatML tokens, Llama 3, Llama 3's ranks alone, Qwen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dmc.data.tokenizer.llama3_ranks import WORDS as LLAMA3_WORDS
+
 CHAT_TOKENS = ("<|im_end|>", "<|im_start|>")
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Llama 3's pattern, but every digit is alone."""
 LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs into the woods again",
@@ -85,6 +93,35 @@ def byte_level_directory(folder: Path) -> dict[str, int]:
     return ids
 
 
+def qwen_directory(folder: Path) -> dict[str, int]:
+    """Qwen's kind: pieces of bytes of composed characters, nothing put first, a special token for the end of a text and
+    one for the end of a turn, and a token that is added but not special.
+    """
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = trained_on_bytes(QWEN_WORDS, ignore_merges=False)
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.post_processor = tokenizers.processors.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
+    backend.add_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in QWEN_TOKENS])
+    backend.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    backend.save(str(folder / "tokenizer.json"))
+    ids = {token: backend.token_to_id(token) for token in (*QWEN_TOKENS, "<think>")}
+    decoder = {str(number): added(token, special=token in QWEN_TOKENS) for token, number in ids.items()}
+    write(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "add_prefix_space": False, "bos_token": None}
+        | {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "errors": "replace"}
+        | {"added_tokens_decoder": decoder, "additional_special_tokens": list(QWEN_TOKENS[1:])},
+    )
+    write(
+        folder / "generation_config.json",
+        {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"], "do_sample": True}
+        | {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "top_k": 20, "temperature": 0.6},
+    )
+    return ids
+
+
 def ranks_file(folder: Path) -> dict[bytes, int]:
     """Llama 3's own tokenizer.model, with a few ranks."""
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
@@ -108,15 +145,13 @@ def ranks_directory(folder: Path) -> dict[bytes, int]:
     return ranks
 
 
-def trained_on_bytes():
-    """A byte-level byte-pair encoding of the tokenizers package that merges inside Llama 3's words."""
+def trained_on_bytes(words: str = LLAMA3_WORDS, *, ignore_merges: bool = True):
+    """A byte-level byte-pair encoding of the tokenizers package that merges inside words, by default Llama 3's."""
     tokenizers = pytest.importorskip("tokenizers")
-    from megatron_dmc.data.tokenizer.llama3_ranks import WORDS
-
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
-    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
+    pattern = tokenizers.pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
     letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, letters])
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([pattern, letters])
     backend.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(SENTENCES, tokenizers.trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))

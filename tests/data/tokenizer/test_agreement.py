@@ -7,6 +7,7 @@ from tests.data.tokenizer.directories import (
     PROBES,
     auto_tokenizer,
     byte_level_directory,
+    qwen_directory,
     ranks_directory,
     sentencepiece_directory,
 )
@@ -18,7 +19,7 @@ def sentencepiece_and_json(folder):
     auto_tokenizer(folder).save_pretrained(folder)
 
 
-KINDS = [sentencepiece_directory, sentencepiece_and_json, byte_level_directory, ranks_directory]
+KINDS = [sentencepiece_directory, sentencepiece_and_json, byte_level_directory, ranks_directory, qwen_directory]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)

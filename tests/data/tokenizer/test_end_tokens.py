@@ -4,7 +4,7 @@ import pytest
 
 from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.data.tokenizer.end_tokens import end_tokens
-from tests.data.tokenizer.directories import byte_level_directory, write
+from tests.data.tokenizer.directories import byte_level_directory, qwen_directory, write
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,16 @@ def test_what_stands_beside_the_tokenizer_counts_where_the_model_says_nothing(tm
     write(tmp_path / "generation_config.json", {"eos_token_id": [3, 4]})
     tokenizer = load_tokenizer(tmp_path)
     assert end_tokens(tmp_path / "no_such_folder", tokenizer).ids == {3, 4, tokenizer.eod}
+
+
+def test_qwen_ends_a_turn_and_a_text_and_begins_with_neither(tmp_path):
+    """Its generation config names a bos token that its tokenizer does not put before a text."""
+    ids = qwen_directory(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert end_tokens(tmp_path, tokenizer).ids == {ids["<|im_end|>"], ids["<|endoftext|>"]}
+    assert tokenizer.first == []
+    assert tokenizer.encode_prompt("<think>the fox") == [ids["<think>"], *tokenizer.encode("the fox")]
+    assert tokenizer.decode([ids["<think>"], ids["<|im_end|>"]]) == "<think>"
 
 
 def test_something_else_than_ids_is_refused(tokenizer, tmp_path):

@@ -15,13 +15,15 @@ from megatron_dmc.inference.decoder.linear import Linear
     ("dtype", "tolerance"),
     [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)],
 )
-def test_equals_the_plain_product(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_equals_the_plain_product(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(70, 96, generator=generator) / 10).to(dtype)
     x = torch.randn(*shape, generator=generator).to(dtype)
-    found = Linear(weight)(x)
+    bias = torch.randn(70, generator=generator).to(dtype) if has_bias else None
+    found = Linear(weight, bias)(x)
     assert found.dtype == dtype
-    torch.testing.assert_close(found, F.linear(x, weight), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(found, F.linear(x, weight, bias), atol=tolerance, rtol=tolerance)
 
 
 def test_takes_vectors_that_are_not_contiguous() -> None:
