@@ -85,8 +85,8 @@ def test_a_text_file_for_people(model, tmp_path, capsys):
 def test_paths_that_disagree_exit_with_2(model, data, capsys, monkeypatch):
     honest = perplexity.score_whole
 
-    def shifted(model, token_TB):
-        scores = honest(model, token_TB)
+    def shifted(model, token_TB, reference):
+        scores = honest(model, token_TB, reference)
         scores.log_prob_SB.add_(1e-3)
         return scores
 
