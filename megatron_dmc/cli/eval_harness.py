@@ -125,16 +125,20 @@ def lines_of(found: Mapping[str, Any] | None) -> list[str]:
     if found is None:
         return []
     rows = [
-        (name, key.removesuffix(",none"), f"{value:.2%}{_error(figures, key)}", str(figures["num_questions"]))
+        (
+            name,
+            key.removesuffix(",none"),
+            f"{value:.2%}{_error(figures['metrics'], key)}",
+            str(figures["num_questions"]),
+        )
         for name, figures in {**found["tasks"], **found["groups"]}.items()
-        for key, value in figures.items()
-        if isinstance(value, float) and "stderr" not in key
+        for key, value in figures["metrics"].items()
+        if "_stderr" not in key
     ]
     said = f"choices scored by the path {found['path_of_scores']}, texts by the path {found['path_of_texts']}"
     return [*aligned(("task", "metric", "score", "questions"), rows), said]
 
 
-def _error(figures: Mapping[str, Any], key: str) -> str:
-    name = key.replace(",", "_stderr,") if "," in key else f"{key}_stderr"
-    error = figures.get(name)
+def _error(metrics: Mapping[str, Any], key: str) -> str:
+    error = metrics.get(key.replace(",", "_stderr,"))
     return f" +- {error:.2%}" if isinstance(error, float) else ""

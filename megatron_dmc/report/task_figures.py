@@ -7,7 +7,9 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.colors import Normalize
+from matplotlib.ticker import StrMethodFormatter
 
+from megatron_dmc.report.evaluations import Point
 from megatron_dmc.report.figures import WIDTH_INCHES, save, set_title
 
 
@@ -33,4 +35,34 @@ def heat_map(path: Path, task: str, scores: Mapping[int, Sequence[tuple[float, f
     axes.set_xlabel("tokens of prompt and answer")
     axes.set_ylabel("depth in the text\n[share of it before what is to be found]")
     figure.colorbar(image, ax=axes, label="score")
+    save(figure, path)
+
+
+def quality_figure(path: Path, title: str, panels: Mapping[str, Mapping[str, Sequence[Point]]]) -> None:
+    """Quality over compression ratio, one panel below another for each measure, one line for each method.
+
+    Args:
+        path: of the PNG.
+        title: what was read.
+        panels: name of the measure -> name of the line -> its points by ratio.
+    """
+    size = (WIDTH_INCHES, 1.2 + 2.6 * len(panels))
+    figure, grid = plt.subplots(len(panels), 1, sharex=True, squeeze=False, figsize=size, layout="constrained")
+    set_title(figure, f"{title}: what is left at which compression ratio (bars: 95% intervals)")
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    colors = {name: f"C{place % 10}" for place, name in enumerate(names)}
+    for axes, (measure, panel) in zip(grid.flat, panels.items(), strict=True):
+        for name, points in panel.items():
+            ratios, values, intervals = zip(*((one.ratio, one.value, one.half_interval) for one in points), strict=True)
+            axes.errorbar(ratios, values, intervals, label=name, color=colors[name], marker="o", capsize=3)
+        axes.set_ylabel(measure)
+        axes.margins(x=0.05)
+    lowest = grid[-1][0]
+    lowest.set_xscale("log", base=2)
+    lowest.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    lowest.set_xlabel("compression ratio\n[uncompressed entries per entry held]")
+    handles = {
+        name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)

@@ -44,8 +44,7 @@ def pass_at_1(
     ]
     passed = Estimate.of(torch.tensor([float(outcome.passed) for outcome in outcomes]))
     return {
-        "pass@1": passed.mean,
-        "pass@1_stderr": passed.standard_error,
+        "metrics": {"pass@1,none": passed.mean, "pass@1_stderr,none": passed.standard_error},
         "num_questions": len(questions),
         "isolation": isolation(),
         "outcomes": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -10,12 +11,15 @@ from typing import Any
 
 from megatron_dmc.evaluation.harness.task_files import TaskFile
 
+BOOTSTRAP = 1000
+"""Draws for the error of a metric that is no mean."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def go_offline() -> None:
-    """Nothing that the harness imports may download; to be called before it is imported."""
+    """Nothing that the harness imports may download; to be called before it is imported. We show progress ourselves."""
     os.environ.update(dict.fromkeys(OFFLINE, "1"))
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def run_harness(
@@ -33,6 +37,8 @@ def run_harness(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    # It advises on options of records that are made by a function, for every task.
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
     found = simple_evaluate(
         model=model,
         tasks=[_with_data(task) for task in tasks],
@@ -41,14 +47,13 @@ def run_harness(
         num_fewshot=num_fewshot,
         apply_chat_template=chat,
         log_samples=False,
-        bootstrap_iters=0,
+        bootstrap_iters=BOOTSTRAP,
     )
     assert found is not None
-    counts = {name: number["effective"] for name, number in found["n-samples"].items()}
     results = {
         name: {
-            **{key: value for key, value in figures.items() if key not in ("alias", "name", "sample_len")},
-            "num_questions": counts[name],
+            "metrics": {key: value for key, value in figures.items() if "," in key},
+            "num_questions": found["n-samples"][name]["effective"],
             "num_fewshot": found["n-shot"].get(name),
             "version": found["versions"].get(name),
         }
@@ -75,10 +80,10 @@ def _groups(tasks: Sequence[TaskFile], results: dict[str, Any]) -> dict[str, Any
         if len(members) < 2:
             continue
         total = sum(member["num_questions"] for member in members)
-        metrics = [key for key in members[0] if "," in key and "_stderr" not in key]
-        groups[group] = {"num_tasks": len(members), "num_questions": total}
-        for metric in metrics:
-            mean = sum(member[metric] * member["num_questions"] for member in members) / total
-            groups[group][metric] = mean
-            groups[group][metric.replace(",", "_stderr,")] = math.sqrt(mean * (1 - mean) / total)
+        metrics: dict[str, float] = {}
+        for metric in (key for key in members[0]["metrics"] if "_stderr" not in key):
+            mean = sum(member["metrics"][metric] * member["num_questions"] for member in members) / total
+            metrics[metric] = mean
+            metrics[metric.replace(",", "_stderr,")] = math.sqrt(mean * (1 - mean) / total)
+        groups[group] = {"metrics": metrics, "num_tasks": len(members), "num_questions": total}
     return groups

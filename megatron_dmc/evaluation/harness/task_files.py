@@ -84,7 +84,8 @@ def _config(path: Path) -> dict[str, Any]:
         config = yaml.safe_load(read_bounded(path, TASK_BYTES))
     except yaml.YAMLError as error:
         raise ValueError(
-            f"{path} is no task file that can be read: {error} (tags such as !function are not taken: write Jinja)"
+            f"{path} is no task file that can be read: {' '.join(str(error).split())} (tags such as !function are not "
+            "taken: write Jinja)"
         ) from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no task file: give the fields {', '.join(REQUIRED)}")
