@@ -92,6 +92,8 @@ def _sorted_out(names: Sequence[str]) -> tuple[list[str], list[str]]:
     from megatron_dmc.evaluation.tasks import TASKS
 
     standard = [*shipped_names(), HUMANEVAL]
+    if not names:
+        raise ValueError("--tasks names no task")
     for name in names:
         if name not in TASKS and name not in standard and not name.endswith(SUFFIXES):
             raise ValueError(f"task {name!r}: must be one of {', '.join([*TASKS, *standard])}, or a task file (.yaml)")

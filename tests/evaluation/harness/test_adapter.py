@@ -22,6 +22,8 @@ from lm_eval.api.instance import Instance  # noqa: E402 -- the variables that ke
 
 from megatron_dmc.evaluation.harness.adapter import CompressedLM  # noqa: E402
 
+BEGIN = 1
+"""What Llama 2 puts first."""
 SHIPPED = "mmlu,piqa,arc_easy,arc_challenge,hellaswag,winogrande,boolq,gsm8k"
 
 
@@ -35,6 +37,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(model):
     tokenizer = load_tokenizer(model)
+    tokenizer.first = [BEGIN]
     return CompressedLM(Scorer(Decoder(open_source(model))), tokenizer, frozenset([tokenizer.eod]))
 
 
@@ -77,7 +80,7 @@ def test_likelihoods_of_pairs(adapter):
     for (context, continuation), (value, _) in zip(contexts, found, strict=True):
         tokens = tokenizer.encode_prompt(context + continuation)
         start = len(tokenizer.encode_prompt(context.rstrip())) if context else 1
-        assert tokens[0] == tokenizer.first[0], "a text begins as Llama wants it"
+        assert tokens[0] == BEGIN, "a text begins as Llama wants it"
         assert value == pytest.approx(log_prob(adapter, tokens, start), abs=1e-3)
 
 
@@ -85,20 +88,30 @@ def test_whole_texts_in_windows(adapter):
     tokenizer = adapter._tokenizer
     short, long = TEXT[:300], TEXT[:4000]
     found = adapter.loglikelihood_rolling(requests("loglikelihood_rolling", (short,), (long,)))
-    tokens = [tokenizer.first[0], *tokenizer.encode(short)]
+    tokens = [BEGIN, *tokenizer.encode(short)]
     assert found[0] == pytest.approx(log_prob(adapter, tokens, 1), abs=1e-2)
-    tokens = [tokenizer.first[0], *tokenizer.encode(long)]
+    tokens = [BEGIN, *tokenizer.encode(long)]
     assert len(tokens) > 1025, "more than one window"
     assert found[1] < found[0]
 
 
+def test_an_empty_context_without_a_first_token_is_an_end_of_document(model):
+    tokenizer = load_tokenizer(model)
+    adapter = CompressedLM(Scorer(Decoder(open_source(model))), tokenizer, frozenset())
+    assert tokenizer.first == []
+    assert adapter.prefix_token_id == adapter.eot_token_id == tokenizer.eod
+    assert adapter.tok_encode("def") == tokenizer.encode("def")
+
+
 def test_texts_end_where_the_task_says(adapter):
-    settings = {"until": ["\n"], "max_gen_toks": 20, "do_sample": False}
-    one, free = adapter.generate_until(
-        requests("generate_until", ("def step_1(x):", settings), ("def", {"until": [], "max_gen_toks": 5}))
-    )
-    assert "\n" not in one
-    assert len(adapter._tokenizer.encode(free)) <= 7
+    settings = {"until": ["\n"], "max_gen_toks": 20, "do_sample": False, "temperature": 0.7}
+    (text,) = adapter.generate_until(requests("generate_until", ("def step_1(x):", settings)))
+    assert "\n" not in text
+    sampling = adapter._request("def", settings).sampling
+    assert (sampling.max_new_tokens, sampling.stop, sampling.temperature) == (20, ("\n",), 0.0)
+    assert adapter._request("def", {"do_sample": True, "temperature": 0.7}).sampling.temperature == 0.7
+    cut = adapter._request(TEXT, {"max_gen_toks": 24}).prompt
+    assert cut == adapter._tokenizer.encode(TEXT)[-1000:]
 
 
 def test_a_chat_needs_a_template(adapter):
