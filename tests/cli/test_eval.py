@@ -80,12 +80,13 @@ def test_the_parser_offers_every_path():
     [
         (["--tasks", "chess"], "task 'chess': must be one of passkey, niah"),
         (["--tasks", ","], "--tasks names no task"),
+        (["--tasks", "niah", "--lengths", "600", "--max-sequences", "0"], "max_sequences=0: must be at least 1"),
         (["--tasks", "piqa"], "give the folder of the JSON files with --data-dir"),
         (["--tasks", "piqa", "--data-dir", ".", "--limit", "0"], "--limit 0: must be at least 1"),
         (["--tasks", "piqa", "--data-dir", ".", "--num-fewshot", "-1"], "--num-fewshot -1: must be at least 0"),
         (["--tasks", "niah", "--lengths", "2000"], "--lengths 2000: the model reads at most 1024 tokens"),
         (["--tasks", "niah", "--lengths", "50"], "task niah at length 50: the question alone takes"),
-        (["--tasks", "niah", "--depths", "0"], "depths=0: must be at least 1"),
+        (["--tasks", "niah", "--lengths", "600", "--depths", "0"], "depths=0: must be at least 1"),
     ],
 )
 def test_mistakes_exit_with_1(model, options, message, capsys):

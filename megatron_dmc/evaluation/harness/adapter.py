@@ -82,7 +82,7 @@ class CompressedLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [Continuation(context, target) for _, context, target in requests]
         with progress("scoring continuations", len(pairs), "texts") as advance:
-            return [tuple(likelihood) for likelihood in self._scorer.score(pairs, advance)]
+            return [(found.log_prob, found.is_greedy) for found in self._scorer.score(pairs, advance)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in windows that do not overlap where a text is too long."""

@@ -62,7 +62,7 @@ class Scorer:
         usages: what the cache held at the end of every batch.
 
     Raises:
-        ValueError: a path that there is not, or that the method lacks.
+        ValueError: a path that there is not, or that the method lacks, or a batch size below 1.
     """
 
     model: Decoder
@@ -74,6 +74,8 @@ class Scorer:
 
     def __post_init__(self) -> None:
         method = self.model.method
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
         self.path = self.path or (TEACHER_FORCED if method.has_whole_form else DECODE)
         if self.path not in (TEACHER_FORCED, DECODE):
             raise ValueError(f"path={self.path!r}: continuations are scored by {TEACHER_FORCED} or {DECODE}")

@@ -1,8 +1,9 @@
 """Task files of lm-evaluation-harness, and the local JSON files that they ask about.
 
-Tags that would import Python (``!function``) are refused: what has to be computed is written in Jinja, which the harness
-renders outside a sandbox, so a task file must not come from a stranger. Its ``dataset_kwargs.data_files`` are paths below the folder that the user gives; with ``{subject}`` in them
-there is one task for every file that is found. ``metadata.fields`` names what every record must have.
+Tags that would import Python (``!function``) are refused: what has to be computed is written in Jinja, which the
+harness renders outside a sandbox, so a task file must not come from a stranger. Its ``dataset_kwargs.data_files`` are
+paths below the folder that the user gives; with ``{subject}`` in them there is one task for every file that is found.
+``metadata.fields`` names what every record must have.
 """
 
 from __future__ import annotations

@@ -111,3 +111,5 @@ def test_batches_are_bounded_in_texts_and_tokens(monkeypatch):
 def test_a_path_that_there_is_not():
     with pytest.raises(ValueError, match="continuations are scored by teacher-forced or decode"):
         Scorer(tiny_model(), "both")
+    with pytest.raises(ValueError, match="batch_size=0: must be at least 1"):
+        Scorer(tiny_model(), batch_size=0)
