@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.colors import Normalize
-from matplotlib.ticker import StrMethodFormatter
 
 from megatron_dmc.report.evaluations import Point
 from megatron_dmc.report.figures import WIDTH_INCHES, save, set_title
+
+SIDE = 1.1
+"""Room beside the first and the last ratio, as a factor."""
 
 
 def heat_map(path: Path, task: str, scores: Mapping[int, Sequence[tuple[float, float]]]) -> None:
@@ -56,10 +59,12 @@ def quality_figure(path: Path, title: str, panels: Mapping[str, Mapping[str, Seq
             ratios, values, intervals = zip(*((one.ratio, one.value, one.half_interval) for one in points), strict=True)
             axes.errorbar(ratios, values, intervals, label=name, color=colors[name], marker="o", capsize=3)
         axes.set_ylabel(measure)
-        axes.margins(x=0.05)
     lowest = grid[-1][0]
+    highest = max(one.ratio for panel in panels.values() for points in panel.values() for one in points)
+    doublings = [2**power for power in range(math.ceil(math.log2(max(highest, 2.0))) + 1)]
     lowest.set_xscale("log", base=2)
-    lowest.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    lowest.set_xticks(doublings, labels=map(str, doublings))
+    lowest.set_xlim(doublings[0] / SIDE, doublings[-1] * SIDE)
     lowest.set_xlabel("compression ratio\n[uncompressed entries per entry held]")
     handles = {
         name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)

@@ -13,7 +13,7 @@ from megatron_dmc.report.evaluations import Measured, lines, read_measured
 from megatron_dmc.support.files import write_json, write_text
 from megatron_dmc.support.units import binary_bytes
 
-HEADS = ("method", "measure", "path", "mean ± 95% interval", "compression ratio", "entries per head", "cache")
+HEADS = ("method", "path", "compression ratio", "entries per head", "cache")
 NOTE = (
     "The ratio of texts is that of the mean number of resident entries over all positions, that of tasks is taken at "
     "the end of the answers: methods are to be compared at equal ratios. Intervals are over sequences or questions of "
@@ -46,21 +46,22 @@ def write_quality(results: Sequence[Path], output: Path) -> Path:
         kind, length = chart.split("_")
         title = "tokens of text" if kind == "text" else "tokens of prompt and answer"
         quality_figure(output / picture, f"{int(length):,} {title}", lines(measured, chart))
-        rows = [_row(one) for one in measured if one.chart == chart]
-        page += [f"## {int(length):,} {title}", "", f"![{picture}]({picture})", "", *words.table(HEADS, rows), ""]
+        table = _table([one for one in measured if one.chart == chart])
+        page += [f"## {int(length):,} {title}", "", f"![{picture}]({picture})", "", *table, ""]
     write_json(output / "quality.json", {"results": [asdict(one) for one in measured]})
     write_text(output / "quality.md", "\n".join(page))
     return output / "quality.md"
 
 
-def _row(one: Measured) -> tuple[str, ...]:
-    point = one.point
-    return (
-        one.line,
-        one.metric.replace("\n", " "),
-        one.path,
-        f"{point.value:.4f}" + ("" if math.isnan(point.half_interval) else f" ± {point.half_interval:.4f}"),
-        f"{point.ratio:.2f}",
-        f"{point.entries:.1f}",
-        "no cache on this path" if point.bytes_held is None else binary_bytes(int(point.bytes_held)),
-    )
+def _table(measured: Sequence[Measured]) -> list[str]:
+    """A line for each method and ratio, a column for each measure with its 95% interval."""
+    metrics = list(dict.fromkeys(one.metric for one in measured))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for one in measured:
+        point = one.point
+        held = "no cache on this path" if point.bytes_held is None else binary_bytes(int(point.bytes_held))
+        key = (one.line, one.path, f"{point.ratio:.2f}", f"{point.entries:.1f}", held)
+        interval = "" if math.isnan(point.half_interval) else f" ± {point.half_interval:.4f}"
+        rows.setdefault(key, {})[one.metric] = f"{point.value:.4f}{interval}"
+    heads = [*HEADS, *(metric.replace("\n", " ") for metric in metrics)]
+    return words.table(heads, [[*key, *(found.get(metric, "") for metric in metrics)] for key, found in rows.items()])
