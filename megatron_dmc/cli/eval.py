@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     found = {
         **origin(args, opened),
         "form": "chat template" if args.chat else "plain text",
+        "path_of_texts": "decode",
         "tokenizer": {"file": str(tokenizer.path), "first_tokens": tokenizer.first},
         "generated_tasks": [result.to_dict() for result in results],
         "standard_tasks": harness,

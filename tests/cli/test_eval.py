@@ -34,7 +34,7 @@ def test_generated_tasks_and_their_pictures(model, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == result
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"passkey.png"}
-    assert result["form"] == "plain text"
+    assert (result["form"], result["path_of_texts"]) == ("plain text", "decode")
     assert (result["method"], result["standard_tasks"]) == ("dmc", None)
     found = result["generated_tasks"]
     assert [(one["task"], one["length"], one["num_questions"]) for one in found] == [
