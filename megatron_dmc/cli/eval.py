@@ -55,7 +55,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """Names with commas between them, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -112,13 +112,13 @@ class SoFar:
     perplexity: float
     """Of the teacher-forced path where it is taken, else of decoding."""
     seconds: float
-    """Of all paths."""
+    """Since the beginning: of all paths, and of the reference."""
 
     @staticmethod
-    def of(paths: Sequence[_Sums]) -> SoFar:
-        """From the sums of the paths taken, at least one."""
-        loss_N = torch.cat(paths[0].loss_N)
-        return SoFar(len(loss_N), perplexity_of(loss_N.mean().item()), sum(sums.seconds for sums in paths))
+    def of(sums: _Sums, seconds: float) -> SoFar:
+        """From what one path has measured."""
+        loss_N = torch.cat(sums.loss_N)
+        return SoFar(len(loss_N), perplexity_of(loss_N.mean().item()), seconds)
 
 
 class Watch(NamedTuple):
@@ -187,7 +187,7 @@ def evaluate(
     asserted = model.dtype == torch.float32 and storage.kv_dtype == AUTO.name
     threshold = model.settings.decision_threshold if model.settings else 0.0
     agreement = Agreement(asserted, threshold) if path == BOTH else None
-    whole, decoded = _Sums(), _Sums()
+    whole, decoded, start = _Sums(), _Sums(), time.perf_counter()
     for batch_BT in token_NT.split(batch_size):
         token_TB = batch_BT.T.to(model.device)
         beside = None if reference is None else Reference.read(reference, token_TB)
@@ -208,7 +208,7 @@ def evaluate(
         if agreement is not None:
             agreement.add(whole_scores, decoded_scores)
         if watch.after_batch is not None:
-            watch.after_batch(SoFar.of([sums for sums in (whole, decoded) if sums.loss_N]))
+            watch.after_batch(SoFar.of(decoded if path == DECODE else whole, time.perf_counter() - start))
     return Evaluation(
         num_sequences=len(token_NT),
         seq_length=token_NT.shape[1] - 1,

@@ -46,6 +46,7 @@ def pass_at_1(
     return {
         "metrics": {"pass@1,none": passed.mean, "pass@1_stderr,none": passed.standard_error},
         "num_questions": len(questions),
+        "form": "plain text",
         "isolation": isolation(),
         "outcomes": [
             {"task_id": question["task_id"], "completion": request.text, "reason": outcome.reason}
