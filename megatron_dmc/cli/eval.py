@@ -62,8 +62,11 @@ def _words(text: str) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Run the tasks, print and write what was found."""
     from megatron_dmc.cli import eval_generated, eval_harness
+    from megatron_dmc.report.requirements import require_matplotlib
     from megatron_dmc.support.files import to_json, write_json
 
+    if args.output is not None:
+        require_matplotlib()
     made_here, standard = _sorted_out(args.tasks)
     asked = eval_harness.read(args, standard)
     opened = open_model(args)

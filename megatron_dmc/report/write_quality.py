@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from megatron_dmc.report import words
 from megatron_dmc.report.evaluations import Measured, lines, read_measured
+from megatron_dmc.report.requirements import require_matplotlib
 from megatron_dmc.support.files import write_json, write_text
 from megatron_dmc.support.units import binary_bytes
 
@@ -34,8 +34,7 @@ def write_quality(results: Sequence[Path], output: Path) -> Path:
     Raises:
         ValueError: a file without results, or no matplotlib.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a report needs matplotlib: pip install 'megatron_dmc[plot]'")
+    require_matplotlib()
     from megatron_dmc.report.task_figures import quality_figure
 
     measured = read_measured(results)
