@@ -1,7 +1,7 @@
 """Whether a model writes the text that a reference writes: both continue the same prompts, greedily.
 
 Two texts that part seldom meet again, so two figures are kept: the share of places with the same token, and how far
-they go together.
+they go together. Prompts are read as the engine reads them: by H2O and TOVA densely, and cut at their end.
 
 Legend: N prompts.
 """

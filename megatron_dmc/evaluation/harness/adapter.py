@@ -1,7 +1,8 @@
 """A model of ours as lm-evaluation-harness sees one.
 
-A text begins with what the tokenizer puts first (``<s>`` of Llama 2) unless it begins so itself; where it puts nothing,
-an empty context is the end-of-document token, as in the harness's own adapter of transformers.
+A text begins with what the tokenizer puts first (``<s>`` of Llama 2) unless it begins so itself. An empty context is
+that token too; of a tokenizer that puts nothing first it is its ``bos_token``, or else its end of document, as in the
+harness's own adapter of transformers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_dmc.data.tokenizer import Tokenizer
 from megatron_dmc.data.tokenizer.chat_template import ChatTemplate
+from megatron_dmc.data.tokenizer.config import read_tokenizer_config
 from megatron_dmc.evaluation.harness.continuations import Continuation, Scorer
 from megatron_dmc.evaluation.harness.generation import generate
 from megatron_dmc.inference.request import Request
@@ -49,7 +51,11 @@ class CompressedLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What an empty context is."""
-        return self._tokenizer.first[0] if self._tokenizer.first else self._tokenizer.eod
+        if self._tokenizer.first:
+            return self._tokenizer.first[0]
+        named = read_tokenizer_config(self._tokenizer.path.parent).bos_token
+        ids = self._tokenizer.encode(named) if named else []
+        return ids[0] if len(ids) == 1 else self._tokenizer.eod
 
     @property
     def max_length(self) -> int:

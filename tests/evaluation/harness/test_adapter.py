@@ -1,6 +1,7 @@
 """The adapter in lm-evaluation-harness: every shipped task, and likelihoods against whole forward passes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -95,12 +96,16 @@ def test_whole_texts_in_windows(adapter):
     assert found[1] < found[0]
 
 
-def test_an_empty_context_without_a_first_token_is_an_end_of_document(model):
-    tokenizer = load_tokenizer(model)
-    adapter = CompressedLM(Scorer(Decoder(open_source(model))), tokenizer, frozenset())
-    assert tokenizer.first == []
-    assert adapter.prefix_token_id == adapter.eot_token_id == tokenizer.eod
-    assert adapter.tok_encode("def") == tokenizer.encode("def")
+def test_an_empty_context_of_a_tokenizer_that_puts_nothing_first(model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    adapter = CompressedLM(Scorer(Decoder(open_source(model))), load_tokenizer(folder), frozenset())
+    assert adapter._tokenizer.first == []
+    assert adapter.tok_encode("def") == adapter._tokenizer.encode("def")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    assert adapter.prefix_token_id == BEGIN
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert adapter.prefix_token_id == adapter.eot_token_id == adapter._tokenizer.eod
 
 
 def test_texts_end_where_the_task_says(adapter):
