@@ -70,11 +70,12 @@ def run(args: argparse.Namespace) -> int:
     made_here, standard = _sorted_out(args.tasks)
     asked = eval_harness.read(args, standard)
     opened = open_model(args)
+    said = origin(args, opened)
     tokenizer = open_tokenizer(args, opened)
     results = eval_generated.ask(args, made_here, opened, tokenizer) if made_here else []
     harness = eval_harness.ask(args, asked, opened, tokenizer) if standard else None
     found = {
-        **origin(args, opened),
+        **said,
         "form": "chat template" if args.chat else "plain text",
         "path_of_texts": "decode",
         "tokenizer": {"file": str(tokenizer.path), "first_tokens": tokenizer.first},

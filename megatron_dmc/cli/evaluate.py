@@ -66,11 +66,13 @@ def add_origin_options(parser: argparse.ArgumentParser) -> None:
     """Add what a result says about itself, for ``report``."""
     origin = parser.add_argument_group("what the result says about the model")
     origin.add_argument("--name", help="method as reports name its line (default: how the cache is kept)")
-    origin.add_argument("--tokens-trained", type=int, metavar="N", help="tokens that the method was trained on")
+    origin.add_argument("--tokens-trained", type=int, metavar="N", help="tokens that it was trained on; 0: none")
 
 
 def origin(args: argparse.Namespace, opened: OpenedModel) -> dict[str, Any]:
-    """What a result says about the model."""
+    """What a result says about the model. Raises ``ValueError`` on a number of tokens that there is not."""
+    if args.tokens_trained is not None and args.tokens_trained < 0:
+        raise ValueError(f"--tokens-trained {args.tokens_trained}: must be at least 0 (0 = not trained)")
     dmc = opened.source.dmc
     return {
         "model": str(args.model),
@@ -89,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_dmc.support.files import to_json
 
     opened = open_model(args)
+    said = {**origin(args, opened), "reference": args.reference}
     reference = open_reference(args, opened)
     tokens = _tokens(args, opened)
     lengths = args.lengths or [args.seq_length or opened.max_tokens]
@@ -101,7 +104,6 @@ def run(args: argparse.Namespace) -> int:
             {**evaluation.to_dict(), "greedy_match": match.to_dict() if match else None}
             for evaluation, match in results
         ]
-        said = {**origin(args, opened), "reference": args.reference}
         print(to_json(said | ({"evaluations": figures} if args.lengths else figures[0]), indent=2))
     else:
         for evaluation, match in results:

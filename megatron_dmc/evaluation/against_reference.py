@@ -8,31 +8,16 @@ Legend: N sequences, S positions.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_dmc.evaluation.estimate import Estimate, perplexity_of
 from megatron_dmc.evaluation.scores import Scores
 
 FIRST_BUCKET = 128
 """Positions of the first bucket; each that follows ends at twice the position where the one before ended."""
-
-
-class Estimate(NamedTuple):
-    """A mean over sequences."""
-
-    mean: float
-    standard_error: float
-    """0 for a single sequence."""
-
-    @classmethod
-    def of(cls, value_N: Tensor) -> Estimate:
-        """From one value a sequence."""
-        count = len(value_N)
-        error = value_N.double().std().item() / math.sqrt(count) if count > 1 else 0.0
-        return cls(value_N.double().mean().item(), error)
 
 
 class Span(NamedTuple):
@@ -112,11 +97,6 @@ def buckets(seq_length: int) -> list[tuple[int, int]]:
         ranges.append((start, min(end, seq_length)))
         start, end = end, 2 * end
     return ranges
-
-
-def perplexity_of(loss: float) -> float:
-    """exp(loss), without an overflow."""
-    return math.exp(loss) if not loss >= 700 else math.inf
 
 
 def _perplexity(prefix: str, loss: Estimate) -> dict[str, float]:

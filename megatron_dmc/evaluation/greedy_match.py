@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.evaluation.against_reference import Estimate
+from megatron_dmc.evaluation.estimate import Estimate
 from megatron_dmc.evaluation.run_requests import run_requests
 from megatron_dmc.evaluation.scores import DEFAULT_STORAGE, Storage
 from megatron_dmc.inference.decoder.decoder import Decoder

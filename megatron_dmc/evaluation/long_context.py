@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.evaluation.against_reference import Estimate
+from megatron_dmc.evaluation.estimate import Estimate
 from megatron_dmc.evaluation.run_requests import run_requests
 from megatron_dmc.evaluation.tasks import TASKS, Task
 from megatron_dmc.evaluation.tasks.base import fit, score

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dmc.evaluation.against_reference import AgainstReference, Estimate, ReferenceSums, perplexity_of
+from megatron_dmc.evaluation.against_reference import AgainstReference, ReferenceSums
 from megatron_dmc.evaluation.agreement import Agreement
+from megatron_dmc.evaluation.estimate import Estimate, perplexity_of
 from megatron_dmc.evaluation.scores import DEFAULT_STORAGE, Reference, Scores, Storage, score_decode, score_whole
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder

@@ -183,6 +183,7 @@ def test_paths_that_disagree_exit_with_2(model, data, capsys, monkeypatch):
         ({"--match-prompts": "0"}, "give at least 1 prompt"),
         ({"--match-tokens": "-1"}, "0 tokens to compare no texts"),
         ({"--lengths": "many"}, "--lengths"),
+        ({"--tokens-trained": "-1"}, "--tokens-trained -1: must be at least 0"),
     ],
 )
 def test_mistakes_exit_with_1(model, data, changed, message, capsys):

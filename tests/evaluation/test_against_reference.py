@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.evaluation.against_reference import Estimate, buckets
+from megatron_dmc.evaluation.against_reference import buckets
+from megatron_dmc.evaluation.estimate import Estimate
 from megatron_dmc.evaluation.perplexity import DECODE, check, cut_sequences, evaluate
 from megatron_dmc.methods import Dense, method_of, policy
 from tests.inference.tiny_model import tiny_model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_dmc.data.tokenizer import Tokenizer
-from megatron_dmc.evaluation.against_reference import Estimate
+from megatron_dmc.evaluation.estimate import Estimate
 from megatron_dmc.evaluation.harness.continuations import Scorer
 from megatron_dmc.evaluation.harness.generation import generate
 from megatron_dmc.evaluation.harness.programs import isolation, run_program
