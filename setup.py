@@ -19,6 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_dmc", "megatron_dmc.*", "checkpoints_convert", "checkpoints_convert.*"]),
+    package_data={"megatron_dmc.evaluation.harness": ["tasks/*.yaml"]},
     install_requires=VERSIONS["requirements"](VERSIONS["REQUIRED"]),
     extras_require={extra: VERSIONS["requirements"](packages) for extra, packages in VERSIONS["EXTRAS"].items()},
     entry_points={"console_scripts": ["megatron-dmc = megatron_dmc.cli:main"]},

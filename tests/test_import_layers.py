@@ -26,7 +26,7 @@ ALLOWED = {
     "runs": LEAVES,
     "training": LEAVES | {"models", "ops", "methods", "checkpoint", "data", "runs", "seam"},
     "inference": LEAVES | {"models", "ops", "methods", "checkpoint", "data"},
-    "evaluation": LEAVES | {"models", "ops", "methods", "inference"},
+    "evaluation": LEAVES | {"models", "ops", "methods", "data", "inference"},
     "hf": LEAVES | {"models", "ops", "methods", "inference"},
     "checkpoints_convert": LEAVES | {"models", "ops", "checkpoint", "seam"},
     "report": LEAVES | {"runs"},

@@ -48,3 +48,10 @@ def test_doctor_names_an_extra_that_is_too_old():
     found = {finding.name: finding for finding in doctor._extras({"transformers": "5.4"})}["extra [hf] transformers"]
     assert (found.status, found.remedy) == ("warning", "pip install 'megatron_dmc[hf]'")
     assert "needed >=5.17" in found.detail
+
+
+def test_task_files_are_shipped(declared):
+    package = "megatron_dmc.evaluation.harness"
+    (pattern,) = declared["package_data"][package]
+    assert package in declared["packages"]
+    assert len(list(ROOT.joinpath(*package.split(".")).glob(pattern))) == 8

@@ -23,7 +23,7 @@ from megatron_dmc.support.errors import (
 )
 from megatron_dmc.support.threads import wait_briefly
 
-COMMANDS = ("quickstart", "doctor", "data", "convert", "train", "evaluate", "generate", "chat", "report")
+COMMANDS = ("quickstart", "doctor", "data", "convert", "train", "evaluate", "eval", "generate", "chat", "report")
 EXIT_INTERRUPTED = 130
 _WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 

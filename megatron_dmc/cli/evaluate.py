@@ -7,13 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_dmc.cli.evaluate_output import lines_of, table_of
 from megatron_dmc.cli.model_options import OpenedModel, add_model_options, open_model, open_tokenizer
+from megatron_dmc.cli.reference_options import OpenedReference, add_reference_options, open_reference
 from megatron_dmc.support.units import duration
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
-    from megatron_dmc.evaluation.perplexity import Evaluation, PathResult, SoFar
+    from megatron_dmc.evaluation.greedy_match import GreedyMatch
+    from megatron_dmc.evaluation.perplexity import Evaluation, SoFar
+    from megatron_dmc.evaluation.scores import Storage
+    from megatron_dmc.inference.decoder.decoder import Decoder
 
 PATHS = ("teacher-forced", "decode", "both")
 
@@ -25,15 +31,20 @@ def add_parser(subparsers: Any) -> None:
         help="perplexity and measured compression of a model on your data",
         description="Reads held-out text twice: whole sequences with hard decisions (teacher-forced), and token by "
         "token through the compressed cache (decode). In float32 the two must agree; exit code 2: they do not. With "
-        "--kv-dtype fp8 or int8 the difference is reported: whole sequences have no cache to store in 8 bits.",
+        "--kv-dtype fp8 or int8 the difference is reported: whole sequences have no cache to store in 8 bits. With "
+        "--reference each path is also compared with another model, or with the same one without compression.",
     )
     add_model_options(parser)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data", type=Path, metavar="PREFIX", help="indexed data set, without .bin or .idx")
     data.add_argument("--text", type=Path, metavar="FILE", help="text file, tokenized here")
     parser.add_argument("--path", choices=PATHS, default="both", help="what to measure (default: both)")
-    parser.add_argument("--sequences", type=int, help="the first so many sequences (default: all)")
-    parser.add_argument("--seq-length", type=int, help="tokens per sequence (default: as long as the model reads)")
+    parser.add_argument("--sequences", type=int, help="the first so many sequences of each length (default: all)")
+    lengths = parser.add_mutually_exclusive_group()
+    lengths.add_argument("--seq-length", type=int, help="tokens per sequence (default: as long as the model reads)")
+    lengths.add_argument(
+        "--lengths", type=numbers, metavar="N,N,...", help="measure at several lengths, one after the other"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="sequences at once (default: 32)")
     parser.add_argument(
         "--prefill-length",
@@ -41,42 +52,133 @@ def add_parser(subparsers: Any) -> None:
         default=0,
         help="tokens of each sequence that decoding reads in one pass first (default: 0)",
     )
+    add_reference_options(parser)
+    add_origin_options(parser)
     parser.set_defaults(run=run)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them, as an option."""
+    return [int(word) for word in text.split(",")]
+
+
+def add_origin_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a result says about itself, for ``report``."""
+    origin = parser.add_argument_group("what the result says about the model")
+    origin.add_argument("--name", help="method as reports name its line (default: how the cache is kept)")
+    origin.add_argument("--tokens-trained", type=int, metavar="N", help="tokens that it was trained on; 0: none")
+
+
+def origin(args: argparse.Namespace, opened: OpenedModel) -> dict[str, Any]:
+    """What a result says about the model. Raises ``ValueError`` on a number of tokens that there is not."""
+    if args.tokens_trained is not None and args.tokens_trained < 0:
+        raise ValueError(f"--tokens-trained {args.tokens_trained}: must be at least 0 (0 = not trained)")
+    dmc = opened.source.dmc
+    return {
+        "model": str(args.model),
+        "name": args.name or opened.method.name,
+        "method": opened.method.name,
+        "budget": args.budget,
+        "kv_dtype": opened.kv_format.name,
+        "tokens_trained": args.tokens_trained,
+        "dmc": dmc.to_dict() if dmc else None,
+    }
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and insist that the paths agree."""
-    from megatron_dmc.evaluation.perplexity import cut_sequences, evaluate
-    from megatron_dmc.evaluation.scores import Storage
+    from megatron_dmc.evaluation.perplexity import cut_sequences
     from megatron_dmc.support.files import to_json
-    from megatron_dmc.support.progress import progress
 
     opened = open_model(args)
-    seq_length = args.seq_length or opened.max_tokens
-    sequences = cut_sequences(_tokens(args, opened), seq_length, args.sequences)
-    _require_memory(args, opened, sequences.shape[1] - 1, len(sequences))
+    said = {**origin(args, opened), "reference": args.reference}
+    reference = open_reference(args, opened)
+    tokens = _tokens(args, opened)
+    lengths = args.lengths or [args.seq_length or opened.max_tokens]
+    texts = [cut_sequences(tokens, length, args.sequences) for length in lengths]
+    for text in texts:
+        _require_memory(args, opened, reference, text.shape[1] - 1, len(text))
+    results = _measure(args, opened, reference, texts)
+    if args.json:
+        figures = [
+            {**evaluation.to_dict(), "greedy_match": match.to_dict() if match else None}
+            for evaluation, match in results
+        ]
+        print(to_json(said | ({"evaluations": figures} if args.lengths else figures[0]), indent=2))
+    else:
+        for evaluation, match in results:
+            print("\n".join(lines_of(evaluation, match)))
+        if len(results) > 1:
+            print("\n".join(table_of([evaluation for evaluation, _ in results])))
+    for evaluation, _ in results:
+        if evaluation.agreement is not None:
+            evaluation.agreement.require()
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace, opened: OpenedModel, reference: OpenedReference | None, texts: list[Tensor]
+) -> list[tuple[Evaluation, GreedyMatch | None]]:
+    """One result for the sequences of each length; what cannot be measured is refused before the first."""
+    from megatron_dmc.evaluation.perplexity import check
+
     model = opened.load()
+    other = None if reference is None else reference.load(model)
+    storage = _storage(opened)
+    for text in texts:
+        check(model, text, args.path, args.batch_size, args.prefill_length, storage=storage, reference=other)
+    return [(_evaluate(args, opened, model, other, text), _match(args, opened, model, other, text)) for text in texts]
+
+
+def _evaluate(
+    args: argparse.Namespace, opened: OpenedModel, model: Decoder, reference: Decoder | None, sequences: Tensor
+) -> Evaluation:
+    from megatron_dmc.evaluation.perplexity import Watch, evaluate
+    from megatron_dmc.support.progress import progress
+
     total = sequences.shape[0] * (sequences.shape[1] - 1)
     watch = _Watch(len(sequences), total, args.path)
     with progress(f"evaluating {args.model.name}", total, "tokens", note=watch.note) as advance:
-        evaluation = evaluate(
+        return evaluate(
             model,
             sequences,
             path=args.path,
             batch_size=args.batch_size,
             prefill_length=args.prefill_length,
-            storage=Storage(opened.block_size, opened.kv_format.name),
-            advance=advance,
-            after_batch=watch,
+            storage=_storage(opened),
+            reference=reference,
+            watch=Watch(advance, watch),
         )
-    if args.json:
-        settings = model.settings.to_dict() if model.settings else None
-        print(to_json({"model": str(args.model), "dmc": settings, **evaluation.to_dict()}, indent=2))
-    else:
-        print("\n".join(_lines(evaluation)))
-    if evaluation.agreement is not None:
-        evaluation.agreement.require()
-    return 0
+
+
+def _match(
+    args: argparse.Namespace, opened: OpenedModel, model: Decoder, reference: Decoder | None, sequences: Tensor
+) -> GreedyMatch | None:
+    """Greedy texts of both, behind the beginnings of the sequences."""
+    from megatron_dmc.evaluation.greedy_match import greedy_match
+    from megatron_dmc.support.progress import progress
+
+    seq_length = sequences.shape[1] - 1
+    num_new = min(args.match_tokens, seq_length // 2)
+    if reference is None or not num_new:
+        return None
+    prompts = sequences[: args.match_prompts, : seq_length - num_new].tolist()
+    with progress("greedy texts of both", 2 * num_new * len(prompts), "tokens") as advance:
+        return greedy_match(
+            model,
+            reference,
+            prompts,
+            num_new,
+            storage=_storage(opened),
+            batch_size=args.batch_size,
+            advance=advance,
+        )
+
+
+def _storage(opened: OpenedModel) -> Storage:
+    from megatron_dmc.evaluation.scores import Storage
+
+    return Storage(opened.block_size, opened.kv_format.name)
 
 
 class _Watch:
@@ -99,14 +201,21 @@ class _Watch:
         return f"perplexity so far {self._so_far.perplexity:.3f}" if self._so_far else ""
 
 
-def _require_memory(args: argparse.Namespace, opened: OpenedModel, seq_length: int, num_sequences: int) -> None:
+def _require_memory(
+    args: argparse.Namespace,
+    opened: OpenedModel,
+    reference: OpenedReference | None,
+    seq_length: int,
+    num_sequences: int,
+) -> None:
     """Refuse what does not fit, before the weights are read."""
     from megatron_dmc.inference.memory_need import Need
 
     memory, batch = opened.memory, max(1, min(args.batch_size, num_sequences))
     at_once = batch * (args.prefill_length if args.path == "decode" else seq_length)
     cache = 0 if args.path == "teacher-forced" else memory.cache([seq_length] * batch)
-    need = Need(memory.weights, cache, memory.workspace(max(at_once, batch), batch))
+    weights = memory.weights + (reference.weights if reference else 0)
+    need = Need(weights, cache, memory.workspace(max(at_once, batch), batch))
     remedy = "lower --batch-size or --seq-length, or take --dtype bfloat16"
     print(need.require(opened.device_memory, remedy), file=sys.stderr)
 
@@ -136,34 +245,3 @@ def _tokens(args: argparse.Namespace, opened: OpenedModel) -> np.ndarray:
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.text} is not UTF-8 text: {error}") from error
     return np.array(open_tokenizer(args, opened).encode(text), dtype=np.int64)
-
-
-def _lines(evaluation: Evaluation) -> list[str]:
-    """The result as people read it."""
-    lines = [f"{evaluation.num_sequences} sequences of {evaluation.seq_length} tokens, {evaluation.dtype}"]
-    for name, result in (("teacher-forced", evaluation.teacher_forced), ("decode", evaluation.decode)):
-        if result is not None:
-            loss = f"loss {result.loss:.5f} +- {result.standard_error:.5f}"
-            figures = f"perplexity {result.perplexity:.4f} ({loss}), compression ratio {result.compression_ratio:.3f}"
-            lines.append(f"{name + ':':<15} {figures}, {result.seconds:.1f} s")
-    shown = evaluation.decode or evaluation.teacher_forced
-    assert shown is not None
-    lines += _cache_lines(shown)
-    if evaluation.agreement is not None:
-        agreed = evaluation.agreement.to_dict()
-        lines.append(
-            f"agreement: {agreed['share_of_equal_decisions']:.6%} of decisions equal, largest log-probability "
-            f"difference {agreed['largest_log_prob_difference']:.2e} over {agreed['num_tokens_compared']} of "
-            f"{agreed['num_tokens']} tokens{'' if agreed['asserted'] else ' (reported only: not float32 throughout)'}"
-        )
-    return lines
-
-
-def _cache_lines(result: PathResult) -> list[str]:
-    """Size of the cache, and the ratio by layer and KV head."""
-    lines = [] if result.cache is None else [result.cache.summary()]
-    if result.compression_ratio > 1:
-        lines.append("compression ratio by layer (rows) and KV head (columns):")
-        for layer, ratios in enumerate(result.compression_ratio_per_layer_and_kv_head):
-            lines.append(f"  {layer:>3}  " + " ".join(f"{ratio:7.2f}" for ratio in ratios))
-    return lines

@@ -41,6 +41,11 @@ def add_text_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) ->
     texts.add_argument("--seed", type=int, default=0, help="of the first text; the next ones count on (default: 0)")
     texts.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
     texts.add_argument("--ignore-eod", action="store_true", help="go on after a token that ends a text")
+    add_memory_options(parser)
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """Add in how much memory texts are continued."""
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--prefill-chunk", type=int, default=8192, metavar="TOKENS", help="read so many at once (default: 8192)"

@@ -1,1 +1,1 @@
-"""Quality beside measured compression: perplexity by both paths, and whether the paths agree."""
+"""Quality beside measured compression: texts by both paths, beside a reference; questions and benchmarks."""

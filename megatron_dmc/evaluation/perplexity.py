@@ -1,22 +1,25 @@
 """Perplexity and measured compression on held-out text, teacher-forced, through the compressed cache, or both.
 
-Legend: N sequences, S sequence, T = S + 1 tokens (the last is only predicted), B batch, L layers, G KV heads.
+Legend: N sequences, S positions of a sequence, T = S + 1 tokens (the last is only predicted), B batch, L layers, G KV
+heads.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dmc.evaluation.against_reference import AgainstReference, ReferenceSums
 from megatron_dmc.evaluation.agreement import Agreement
-from megatron_dmc.evaluation.scores import DEFAULT_STORAGE, Scores, Storage, score_decode, score_whole
+from megatron_dmc.evaluation.estimate import Estimate, perplexity_of
+from megatron_dmc.evaluation.scores import DEFAULT_STORAGE, Reference, Scores, Storage, score_decode, score_whole
 from megatron_dmc.inference.cache.usage import CacheUsage
 from megatron_dmc.inference.decoder.decoder import Decoder
 from megatron_dmc.ops.kv_quantization import AUTO, find_kv_format
@@ -43,8 +46,18 @@ class PathResult:
     entries_over_tokens: list[tuple[int, float]]
     """(tokens seen, entries per sequence over all layers and KV heads): held by the cache, or counted where there is
     none."""
+    mean_resident_entries: float
+    """Entries per layer and KV head, as a mean over sequences and positions (those of a prefill left out): what methods
+    of a fixed budget and of a ratio are compared by."""
+    mean_resident_ratio: float
+    """What an uncompressed cache holds at the same positions, divided by it."""
+    mean_resident_bytes: float | None
+    """Bytes of the blocks and the state of one sequence over all layers and heads, as the same mean; None without a
+    cache."""
     cache: CacheUsage | None
     """What the cache held at the end of all sequences; None without a cache."""
+    against_reference: AgainstReference | None = None
+    """None without a reference."""
 
     @property
     def perplexity(self) -> float:
@@ -61,7 +74,11 @@ class PathResult:
             "compression_ratio": self.compression_ratio,
             "compression_ratio_per_layer_and_kv_head": self.compression_ratio_per_layer_and_kv_head,
             "entries_over_tokens": [list(point) for point in self.entries_over_tokens],
+            "mean_resident_entries": self.mean_resident_entries,
+            "mean_resident_ratio": self.mean_resident_ratio,
+            "mean_resident_bytes": self.mean_resident_bytes,
             "cache": None if self.cache is None else self.cache.to_dict(),
+            "against_reference": None if self.against_reference is None else self.against_reference.to_dict(),
         }
 
 
@@ -96,18 +113,25 @@ class SoFar:
     perplexity: float
     """Of the teacher-forced path where it is taken, else of decoding."""
     seconds: float
-    """Of all paths."""
+    """Since the beginning: of all paths, and of the reference."""
 
     @staticmethod
-    def of(paths: Sequence[_Sums]) -> SoFar:
-        """From the sums of the paths taken, at least one."""
-        loss_N = torch.cat(paths[0].loss_N)
-        return SoFar(len(loss_N), perplexity_of(loss_N.mean().item()), sum(sums.seconds for sums in paths))
+    def of(sums: _Sums, seconds: float) -> SoFar:
+        """From what one path has measured."""
+        loss_N = torch.cat(sums.loss_N)
+        return SoFar(len(loss_N), perplexity_of(loss_N.mean().item()), seconds)
 
 
-def perplexity_of(loss: float) -> float:
-    """exp(loss), without an overflow."""
-    return math.exp(loss) if not loss >= 700 else math.inf
+class Watch(NamedTuple):
+    """Who is told how far an evaluation is."""
+
+    advance: Advance | None = None
+    """Called with numbers of tokens as decoding (or else the teacher-forced path) goes on."""
+    after_batch: Callable[[SoFar], None] | None = None
+    """Called with what is known after each batch."""
+
+
+NOBODY = Watch()
 
 
 def cut_sequences(tokens: np.ndarray, seq_length: int, num_sequences: int | None) -> Tensor:
@@ -142,8 +166,8 @@ def evaluate(
     batch_size: int = 32,
     prefill_length: int = 0,
     storage: Storage = DEFAULT_STORAGE,
-    advance: Advance | None = None,
-    after_batch: Callable[[SoFar], None] | None = None,
+    reference: Decoder | None = None,
+    watch: Watch = NOBODY,
 ) -> Evaluation:
     """Measure a model on sequences.
 
@@ -154,32 +178,38 @@ def evaluate(
         batch_size: sequences at once.
         prefill_length: tokens of each sequence that decoding reads in one pass before it goes token by token.
         storage: of the cache of decoding; in 8 bits it is compared with the other path, and need not agree.
-        advance: called with numbers of tokens as decoding (or else the teacher-forced path) goes on.
-        after_batch: called with what is known after each batch.
+        reference: a model of the same vocabulary, which reads the same sequences whole; each path is compared with it.
+        watch: who is told how far it is.
 
     Raises:
         ValueError: tokens outside the vocabulary, sequences longer than the model reads, a size out of range.
     """
-    _check(model, token_NT, path, batch_size, prefill_length)
-    _check_kv_dtype(path, storage.kv_dtype)
+    check(model, token_NT, path, batch_size, prefill_length, storage=storage, reference=reference)
     asserted = model.dtype == torch.float32 and storage.kv_dtype == AUTO.name
     threshold = model.settings.decision_threshold if model.settings else 0.0
     agreement = Agreement(asserted, threshold) if path == BOTH else None
-    whole, decoded = _Sums(), _Sums()
+    whole, decoded, start = _Sums(), _Sums(), time.perf_counter()
     for batch_BT in token_NT.split(batch_size):
         token_TB = batch_BT.T.to(model.device)
+        beside = None if reference is None else Reference.read(reference, token_TB)
         if path != DECODE:
-            whole_scores = whole.timed(score_whole, model, token_TB)
-            if path == TEACHER_FORCED and advance is not None:
-                advance(token_TB[1:].numel())
+            whole_scores = whole.timed(score_whole, model, token_TB, beside)
+            if path == TEACHER_FORCED and watch.advance is not None:
+                watch.advance(token_TB[1:].numel())
         if path != TEACHER_FORCED:
             decoded_scores = decoded.timed(
-                score_decode, model, token_TB, prefill_length=prefill_length, storage=storage, advance=advance
+                score_decode,
+                model,
+                token_TB,
+                beside,
+                prefill_length=prefill_length,
+                storage=storage,
+                advance=watch.advance,
             )
         if agreement is not None:
             agreement.add(whole_scores, decoded_scores)
-        if after_batch is not None:
-            after_batch(SoFar.of([sums for sums in (whole, decoded) if sums.loss_N]))
+        if watch.after_batch is not None:
+            watch.after_batch(SoFar.of(decoded if path == DECODE else whole, time.perf_counter() - start))
     return Evaluation(
         num_sequences=len(token_NT),
         seq_length=token_NT.shape[1] - 1,
@@ -197,17 +227,25 @@ class _Sums:
         self.seconds = 0.0
         self.loss_N: list[Tensor] = []
         self.entries_S: list[Tensor] = []
+        self.blocks_S: list[Tensor] = []
         self.entries_LG: list[Tensor] = []
         self.usages: list[CacheUsage] = []
+        self.against_reference = ReferenceSums()
 
-    def timed(self, score: Any, model: Decoder, token_TB: Tensor, **options: Any) -> Scores:
+    def timed(
+        self, score: Any, model: Decoder, token_TB: Tensor, reference: Reference | None, **options: Any
+    ) -> Scores:
         """Score one batch and add it."""
         start = time.perf_counter()
-        scores: Scores = score(model, token_TB, **options)
+        scores: Scores = score(model, token_TB, reference, **options)
         self.loss_N.append(-scores.log_prob_SB.double().mean(dim=0).cpu())
         self.seconds += time.perf_counter() - start
         self.entries_S.append(scores.entries_S.cpu())
         self.entries_LG.append(scores.entries_LG.cpu())
+        if scores.blocks_S is not None:
+            self.blocks_S.append(scores.blocks_S.cpu())
+        if reference is not None:
+            self.against_reference.add(scores)
         if scores.usage is not None:
             self.usages.append(scores.usage)
         return scores
@@ -215,7 +253,7 @@ class _Sums:
     def result(self, model: Decoder) -> PathResult:
         """The measurement over all batches."""
         loss_N = torch.cat(self.loss_N)
-        count = len(loss_N)
+        count, loss = len(loss_N), Estimate.of(loss_N)
         entries_S = torch.stack(self.entries_S).sum(dim=0)
         entries_LG = torch.stack(self.entries_LG).sum(dim=0)
         num_tokens = count * len(entries_S)
@@ -223,15 +261,26 @@ class _Sums:
         step = max(1, math.ceil(len(known_S) / CURVE_POINTS))
         # Counted from the end, so that the last position is a point of the curve.
         shown = known_S.flip(0)[::step].flip(0).tolist()
+        mean_entries = entries_S[known_S].double().mean().item() / (count * entries_LG.numel())
+        usage = CacheUsage.total(self.usages) if self.usages else None
         return PathResult(
-            loss=loss_N.mean().item(),
-            standard_error=loss_N.std().item() / math.sqrt(count) if count > 1 else 0.0,
+            loss=loss.mean,
+            standard_error=loss.standard_error,
             seconds=self.seconds,
             compression_ratio=num_tokens * entries_LG.numel() / entries_LG.sum().item(),
             compression_ratio_per_layer_and_kv_head=(num_tokens / entries_LG).tolist(),
             entries_over_tokens=[(position + 1, entries_S[position].item() / count) for position in shown],
-            cache=CacheUsage.total(self.usages) if self.usages else None,
+            mean_resident_entries=mean_entries,
+            mean_resident_ratio=(known_S + 1).double().mean().item() / mean_entries,
+            mean_resident_bytes=None if usage is None else self._mean_bytes(usage, known_S),
+            cache=usage,
+            against_reference=self.against_reference.result(),
         )
+
+    def _mean_bytes(self, usage: CacheUsage, known_S: Tensor) -> float:
+        """Of one sequence, over the positions at which the cache was looked at."""
+        blocks = torch.stack(self.blocks_S).sum(dim=0)[known_S].double().mean().item()
+        return (blocks * usage.block_bytes + usage.num_heads * usage.state_bytes) / usage.num_sequences
 
 
 def _check_kv_dtype(path: str, kv_dtype: str) -> None:
@@ -243,7 +292,33 @@ def _check_kv_dtype(path: str, kv_dtype: str) -> None:
         )
 
 
-def _check(model: Decoder, token_NT: Tensor, path: str, batch_size: int, prefill_length: int) -> None:
+def _check_reference(model: Decoder, reference: Decoder, seq_length: int) -> None:
+    ours, theirs = model.config, reference.config
+    if ours.vocab_size != theirs.vocab_size:
+        raise ValueError(
+            f"the reference has a vocabulary of {theirs.vocab_size} tokens, the model one of {ours.vocab_size}: their "
+            "distributions cannot be compared; give a reference with the model's tokenizer"
+        )
+    if not reference.method.has_whole_form:
+        raise ValueError(f"the reference is kept by {reference.method.name}, which does not read whole sequences")
+    if seq_length > theirs.max_position_embeddings:
+        raise ValueError(
+            f"seq_length={seq_length}: the reference reads at most {theirs.max_position_embeddings} tokens"
+        )
+
+
+def check(
+    model: Decoder,
+    token_NT: Tensor,
+    path: str,
+    batch_size: int,
+    prefill_length: int,
+    *,
+    storage: Storage = DEFAULT_STORAGE,
+    reference: Decoder | None = None,
+) -> None:
+    """Raise what :func:`evaluate` would, which takes the same arguments."""
+    _check_kv_dtype(path, storage.kv_dtype)
     if path not in PATHS:
         raise ValueError(f"path={path!r}: must be one of {', '.join(PATHS)}")
     if path != DECODE and not model.method.has_whole_form:
@@ -264,3 +339,5 @@ def _check(model: Decoder, token_NT: Tensor, path: str, batch_size: int, prefill
             f"the data holds token {int(outside[0])}: the model's vocabulary is 0..{vocab_size - 1}; give data made "
             "with the tokenizer that the model was trained with"
         )
+    if reference is not None:
+        _check_reference(model, reference, seq_length)

@@ -23,11 +23,11 @@ def measure(model_path: Path, data: Path, seq_length: int, num_sequences: int, *
         the figures, ready for JSON.
     """
     from megatron_dmc.checkpoint.source import open_source
-    from megatron_dmc.evaluation.perplexity import BOTH, TEACHER_FORCED, cut_sequences, evaluate
+    from megatron_dmc.evaluation.perplexity import BOTH, TEACHER_FORCED, Watch, cut_sequences, evaluate
     from megatron_dmc.inference.decoder.decoder import Decoder
 
     sequences = cut_sequences(IndexedTokens(data).tokens, seq_length, num_sequences)
     model = Decoder(open_source(model_path), dtype="float32")
     with progress(f"measuring {model_path.name}", len(sequences) * seq_length, "tokens") as advance:
-        result = evaluate(model, sequences, path=BOTH if decode else TEACHER_FORCED, advance=advance)
+        result = evaluate(model, sequences, path=BOTH if decode else TEACHER_FORCED, watch=Watch(advance))
     return result.to_dict()

@@ -34,7 +34,7 @@ QUIET = "#6b7280"
 def training_figure(path: Path, title: str, retrofit: Curve, control: Curve | None) -> None:
     """LM loss of retrofit and control, and the compression ratio beside its target, over the steps of all stages."""
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH_INCHES, 6.5), layout="constrained")
-    _title(figure, title)
+    set_title(figure, title)
     losses = [_line(top, retrofit.of("lm_loss"), "DMC", COMPRESSED, values=False)]
     if control is not None:
         losses.append(_line(top, control.of("lm_loss"), "control", UNCOMPRESSED, values=False))
@@ -50,7 +50,7 @@ def training_figure(path: Path, title: str, retrofit: Curve, control: Curve | No
     for axes in (top, bottom):
         axes.margins(x=0.01)
         _mark_stages(axes, retrofit.borders, names=axes is top)
-    _save(figure, path)
+    save(figure, path)
 
 
 def heat_map(path: Path, title: str, ratios_LG: Sequence[Sequence[float]]) -> None:
@@ -58,7 +58,7 @@ def heat_map(path: Path, title: str, ratios_LG: Sequence[Sequence[float]]) -> No
     layers, heads = len(ratios_LG), len(ratios_LG[0])
     size = (max(7.5, 1.6 + 0.75 * heads), max(3.2, 1.5 + 0.42 * layers))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    _title(figure, title)
+    set_title(figure, title)
     highest = max(max(row) for row in ratios_LG)
     scale = LogNorm(vmin=1.0, vmax=max(highest, 2.0))
     image = axes.imshow(ratios_LG, cmap="viridis", norm=scale, aspect="auto")
@@ -72,7 +72,7 @@ def heat_map(path: Path, title: str, ratios_LG: Sequence[Sequence[float]]) -> No
                 color = "black" if scale(ratio) > 0.6 else "white"
                 axes.text(head, layer, f"{ratio:.1f}", ha="center", va="center", color=color, fontsize=9)
     _ratio_bar(figure, axes, image, highest)
-    _save(figure, path)
+    save(figure, path)
 
 
 def heads_figure(path: Path, title: str, steps: Sequence[int], ratios: Sequence[Sequence[Sequence[float]]]) -> None:
@@ -81,7 +81,7 @@ def heads_figure(path: Path, title: str, steps: Sequence[int], ratios: Sequence[
     figure, axes = plt.subplots(
         figsize=(WIDTH_INCHES, max(3.6, 1.6 + 0.09 * num_layers * num_heads)), layout="constrained"
     )
-    _title(figure, title)
+    set_title(figure, title)
     rows = [[step[layer][head] for step in ratios] for layer in range(num_layers) for head in range(num_heads)]
     highest = max(max(row) for row in rows)
     extent = (steps[0] - 0.5, steps[-1] + 0.5, num_layers * num_heads - 0.5, -0.5)
@@ -94,13 +94,13 @@ def heads_figure(path: Path, title: str, steps: Sequence[int], ratios: Sequence[
     axes.set_ylabel("layer, and its KV heads below one another")
     axes.set_xlabel("training steps since the start of compression")
     _ratio_bar(figure, axes, image, highest)
-    _save(figure, path)
+    save(figure, path)
 
 
 def cache_figure(path: Path, title: str, tokens: Sequence[int], entries: Sequence[float]) -> None:
     """Cache entries per layer and KV head against tokens seen while decoding, beside the uncompressed line."""
     figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 4.6), layout="constrained")
-    _title(figure, title)
+    set_title(figure, title)
     axes.plot(tokens, tokens, color=UNCOMPRESSED)
     axes.plot(tokens, entries, color=COMPRESSED)
     axes.fill_between(tokens, entries, tokens, color=QUIET, alpha=0.12, linewidth=0)
@@ -113,7 +113,7 @@ def cache_figure(path: Path, title: str, tokens: Sequence[int], entries: Sequenc
     _label(axes, name, (tokens[above], tokens[above]), (-8, 4), UNCOMPRESSED, ha="right")
     name = f"DMC: {entries[-1]:.0f} entries after {tokens[-1]} tokens"
     _label(axes, name, (tokens[-1], entries[-1]), (-8, 10), COMPRESSED, ha="right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _ratio_bar(figure: Figure, axes: Axes, image: AxesImage, highest: float) -> None:
@@ -183,12 +183,14 @@ def _mark_stages(axes: Axes, borders: Sequence[tuple[int, str]], *, names: bool)
             )
 
 
-def _title(figure: Figure, title: str) -> None:
+def set_title(figure: Figure, title: str) -> None:
+    """What was found, in one or two lines above a figure."""
     lines = textwrap.fill(title, int(TITLE_CHARACTERS_PER_INCH * figure.get_figwidth()))
     figure.suptitle(lines, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure and forget it."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=DOTS_PER_INCH)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 from megatron_dmc import __version__
 from megatron_dmc.report import words
 from megatron_dmc.report.collect import RunFacts, collect
+from megatron_dmc.report.requirements import require_matplotlib
 from megatron_dmc.support.files import write_json, write_text
 
 MARKS = {"ok": "passed", "warning": "open", "failed": "**failed**"}
@@ -28,8 +28,7 @@ def write_report(runs: Sequence[Path], output: Path) -> list[RunFacts]:
     Raises:
         ValueError: a directory without anything to report, two runs of one name, or no matplotlib.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a report needs matplotlib: pip install 'megatron_dmc[plot]'")
+    require_matplotlib()
     collected = [collect(path) for path in runs]
     names = [facts.name for facts in collected]
     if len(set(names)) < len(names):

@@ -20,7 +20,7 @@ PURPOSES = {
     "te": "fused layers and norms on a GPU",
     "hf": "loading exported models in transformers, and `convert verify`",
     "eval": "standard benchmarks",
-    "plot": "the pictures of `report` and `quickstart`",
+    "plot": "the pictures of `report`, `eval` and `quickstart`",
     "data": "Parquet and .zst files in `data prepare`",
     "dev": "the tests",
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.evaluation.perplexity import cut_sequences, evaluate
+from megatron_dmc.evaluation.perplexity import Watch, cut_sequences, evaluate
 from tests.inference.tiny_model import tiny_model
 
 SETTINGS = DMCConfig(decision_bias=-1.0)
@@ -38,7 +38,11 @@ def test_both_paths_agree(window_size, prefill_length):
     settings = dataclasses.replace(SETTINGS, window_size=window_size)
     progress = []
     evaluation = evaluate(
-        tiny_model(settings), random_sequences(5), batch_size=2, prefill_length=prefill_length, advance=progress.append
+        tiny_model(settings),
+        random_sequences(5),
+        batch_size=2,
+        prefill_length=prefill_length,
+        watch=Watch(progress.append),
     )
     agreement, whole, decode = evaluation.agreement, evaluation.teacher_forced, evaluation.decode
     agreement.require()

@@ -6,6 +6,7 @@ D head dim, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,6 +127,12 @@ class Decoder:
         self.layers = [load_layer(layer) for layer in range(config.num_layers)]
         self.final_norm = load("final_norm")
         self.output = Linear(self.embedding if config.tie_word_embeddings else load("output"))
+
+    def with_method(self, method: Method) -> Decoder:
+        """The same weights, not copied, whose cache is kept by another method."""
+        other = copy.copy(self)
+        other.method = method
+        return other
 
     def new_cache(
         self,

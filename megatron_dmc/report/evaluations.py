@@ -1,0 +1,127 @@
+"""Results of ``evaluate`` and ``eval`` from several files, as lines of quality over compression ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_dmc.support.files import read_json
+from megatron_dmc.support.units import amount
+
+INTERVAL = 1.96
+"""Standard errors on both sides of a mean: 95% of a normal distribution."""
+TEXT_METRICS = {
+    "perplexity": "perplexity",
+    "mean_kl": "mean KL from the reference\n[nats per token]",
+    "top1_agreement": "same most likely token\nas the reference",
+}
+
+
+class Point(NamedTuple):
+    """One result."""
+
+    ratio: float
+    value: float
+    half_interval: float
+    """Not a number where a single sequence says nothing of it."""
+    entries: float
+    """Mean per layer and KV head that the ratio stands for."""
+    bytes_held: float | None
+    """Of one sequence; None where there was no cache."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number of one result file.
+
+    Attributes:
+        chart: what is compared together: texts of one length, or the tasks of one length.
+        metric: name of the panel.
+        line: method, with the tokens that it was trained on.
+        path: ``decode`` or ``teacher-forced``.
+        point: the number.
+    """
+
+    chart: str
+    metric: str
+    line: str
+    path: str
+    point: Point
+
+
+def read_measured(paths: Sequence[Path]) -> list[Measured]:
+    """Everything that is measured in result files.
+
+    Raises:
+        ValueError: a file that holds no result of ``evaluate`` or ``eval``.
+    """
+    found: list[Measured] = []
+    for path in paths:
+        result = read_json(path, finite=False)
+        try:
+            one = [*_texts(result), *_tasks(result)]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is a result of an older release or damaged ({error}): measure again") from error
+        if not one:
+            raise ValueError(f"{path} holds no result: give what megatron-dmc evaluate --json or eval --json printed")
+        found += one
+    return found
+
+
+def line_name(result: Mapping[str, Any]) -> str:
+    """A method, and the tokens that it was trained on as far as that was said."""
+    tokens = result.get("tokens_trained")
+    name = result.get("name") or "unnamed"
+    if tokens is None:
+        return f"{name} (training not stated)"
+    return f"{name} ({amount(tokens, 'tokens')} trained)" if tokens else f"{name} (not trained)"
+
+
+def lines(measured: Sequence[Measured], chart: str) -> dict[str, dict[str, list[Point]]]:
+    """Metric -> line -> its points by ratio, of one chart."""
+    panels: dict[str, dict[str, list[Point]]] = {}
+    for one in measured:
+        if one.chart == chart:
+            panels.setdefault(one.metric, {}).setdefault(one.line, []).append(one.point)
+    for points in (points for panel in panels.values() for points in panel.values()):
+        points.sort()
+    return panels
+
+
+def _texts(result: Mapping[str, Any]) -> Iterator[Measured]:
+    """Of ``evaluate``: decoding where it was measured, for its cache is real."""
+    evaluations = result.get("evaluations", [result] if "seq_length" in result else [])
+    for evaluation in evaluations:
+        name = "decode" if evaluation["decode"] else "teacher_forced"
+        path = evaluation[name]
+        figures = path["against_reference"] or {
+            "perplexity": path["perplexity"],
+            "perplexity_standard_error": path["perplexity"] * path["loss_standard_error"],
+        }
+        for key, meaning in TEXT_METRICS.items():
+            if figures.get(key) is not None:
+                point = Point(
+                    path["mean_resident_ratio"],
+                    figures[key],
+                    INTERVAL * (figures[f"{key}_standard_error"] or math.nan),
+                    path["mean_resident_entries"],
+                    path["mean_resident_bytes"],
+                )
+                chart = f"text_{evaluation['seq_length']}"
+                yield Measured(chart, meaning, line_name(result), name.replace("_", "-"), point)
+
+
+def _tasks(result: Mapping[str, Any]) -> Iterator[Measured]:
+    """Of ``eval``: the generated tasks."""
+    for task in result.get("generated_tasks", []):
+        point = Point(
+            task["compression_ratio"],
+            task["score"],
+            INTERVAL * task["score_standard_error"],
+            task["entries_at_the_end"],
+            task["bytes_at_the_end"],
+        )
+        yield Measured(f"tasks_{task['length']}", task["task"], line_name(result), "decode", point)
