@@ -5,6 +5,7 @@
 exported (``exported``; ``exported_plain`` from ``zero_out``).
 """
 
+import json
 import tarfile
 from pathlib import Path
 
@@ -43,8 +44,12 @@ def test_a_trained_checkpoint_exports_as_it_did(release, tmp_path):
     saved = read_saved_arguments(release / "consolidate")
     assert (saved.dmc, saved.config.family, saved.iteration) == (SETTINGS, "llama", 1)
     export_checkpoint(release / "consolidate", tmp_path / "again", options=Options(verify=False))
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (release / "exported" / name).read_bytes()
+    again, then = tmp_path / "again", release / "exported"
+    assert (again / "model.safetensors").read_bytes() == (then / "model.safetensors").read_bytes()
+    configs = [json.loads((directory / "config.json").read_text()) for directory in (again, then)]
+    # The settings are of a later schema, which says the same.
+    assert [DMCConfig.from_dict(config.pop("dmc")) for config in configs] == [SETTINGS, SETTINGS]
+    assert configs[0] == configs[1]
 
 
 def test_a_stage_starts_from_the_earlier_releases_import(release):
