@@ -14,13 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from megatron_dmc.hf.adapter import adapter_output, add_adapter
 from megatron_dmc.hf.cache_dmc_llama import DMCCache
 from megatron_dmc.hf.columns import shown_columns
 from megatron_dmc.hf.configuration_dmc_llama import CompressedConfig
@@ -38,14 +38,7 @@ _MODES = (
 
 
 class CompressedAttention(torch.nn.Module):
-    """A family's projections around attention over packed tokens, and the adapter of a model that has one."""
-
-    def __init__(self, config: CompressedConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.has_adapter = config.shape().adapter
-        if self.has_adapter:
-            self.dms_proj_alpha_norm = torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.dms_proj_alpha = torch.nn.Linear(config.hidden_size, config.num_key_value_heads, bias=False)
+    """A family's projections around attention over packed tokens."""
 
     def forward(
         self, hidden_states: Tensor, *, dmc_attention: Attention, dmc_hidden: Tensor, **unused: Any
@@ -62,15 +55,8 @@ class CompressedAttention(torch.nn.Module):
                 "torchrun with megatron-dmc generate"
             )
         q, k = self.normed(q, k)
-        adapter = self._adapt(dmc_hidden[0]) if self.has_adapter else None
+        adapter = adapter_output(self, dmc_hidden[0])
         return self.o_proj(dmc_attention(self.layer_idx, q, k, v, adapter).flatten(-2)).unsqueeze(0), None
-
-    def _adapt(self, hidden_TH: Tensor) -> Tensor:
-        """float32 [T, G]: see ``Decoder``."""
-        norm = self.dms_proj_alpha_norm
-        weight_H = norm.weight.float()
-        normed_TH = F.rms_norm(hidden_TH.float(), weight_H.shape, weight_H, norm.eps)
-        return F.linear(normed_TH, self.dms_proj_alpha.weight.float())
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys as decisions are read from them: in most families as they are projected."""
@@ -91,9 +77,10 @@ class CompressedModel(OwnAttention, PreTrainedModel):
 
     def __init__(self, config: CompressedConfig) -> None:
         super().__init__(config)
+        self.shape, self.method = config.shape(), method_of(config.settings())
         for index, layer in enumerate(self.layers):
             layer.self_attn = self.attention_class(config, index)
-        self.shape, self.method = config.shape(), method_of(config.settings())
+            add_adapter(layer.self_attn, self.shape)
         self.post_init()
 
     @torch.compiler.disable(reason="a compressed cache has lengths that only the tokens decide")
