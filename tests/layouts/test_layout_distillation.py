@@ -132,7 +132,7 @@ def test_layout_adapters_begin_and_go_on(laboratory, train, tmp_path):
     [
         (ADAPTER, f"--dmc-window-size {SEQUENCE_LENGTH - 1}", "no token of a sequence of 32 leaves it"),
         (DISTILLED, "", "needs a teacher: give --dmc-teacher DIR"),
-        (DISTILLED, "--dmc-teacher nowhere", "nowhere is not a directory"),
+        (DISTILLED, "--dmc-teacher nowhere", "--dmc-teacher nowhere: no such directory"),
         (ADAPTER, "--dmc-teacher nowhere", "the model itself teaches"),
         (ADAPTER, "--dmc-method dmc", "must be neuron with dmc"),
         (ADAPTER, "--dmc-stage zero_out", "must be retrofit with an adapter"),
