@@ -151,6 +151,6 @@ class _LayerView(CacheLayerMixin):
 
 def _refuse(what: str) -> NoReturn:
     raise ValueError(
-        f"{what} does not work with a compressed cache: what is merged or evicted cannot be brought back; use greedy search, "
-        "sampling or beams, and a new cache for each text"
+        f"{what} does not work with a compressed cache: what is merged or evicted cannot be brought back; use greedy "
+        "search, sampling or beams, and a new cache for each text"
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_dmc.methods.decisions import Decisions, NoiseSource
 from megatron_dmc.methods.step import ALONE, Ranks, Step, Tokens
-from megatron_dmc.ops.borrowed import EVERY_HEAD, Borrowed
+from megatron_dmc.ops.borrowed import NO_HEAD, Borrowed
 from megatron_dmc.ops.cache_update import Logits, Merging
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.masked_attention import attend_masked
@@ -109,7 +109,7 @@ class Method(ABC):
 
     name: str
     neuron_scale: float = 1.0
-    borrowed: Borrowed = EVERY_HEAD
+    borrowed: Borrowed = NO_HEAD
     compresses: bool = True
     decision_delay: int = 0
     has_whole_form: bool = False

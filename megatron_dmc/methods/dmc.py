@@ -27,6 +27,7 @@ from megatron_dmc.methods.base import ALONE, HeadCaches, Method, Ranks, Slot, St
 from megatron_dmc.methods.decisions import Decisions, NoiseSource
 from megatron_dmc.methods.step import Step, Tokens
 from megatron_dmc.ops import cache_update, decisions
+from megatron_dmc.ops.borrowed import EVERY_HEAD
 from megatron_dmc.ops.compressed_attention import Weights, attend_pooled, compressed_attention
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.masked_attention import HIDDEN
@@ -94,6 +95,7 @@ class DMC(Method):
 
     name = "dmc"
     neuron_scale = 0.0
+    borrowed = EVERY_HEAD
     has_whole_form = True
     exact_recompute = True
     only_newest_changes = True

@@ -70,12 +70,12 @@ def without_borrowed_channels(role: str, weight: Tensor, config: ModelConfig, bo
     if config.qk_norm and borrowed.queries is not None:
         raise ValueError(
             f"some query heads of this {config.family} lend a channel behind a norm that all of them share: there is "
-            "no plain model without it; export the model with its settings"
+            "no plain model without it; export a stage that compresses, with its settings"
         )
-    heads = config.queries_per_kv_head if role == "q" else 1
-    count = borrowed.queries if role.startswith("q") else int(borrowed.keys)
+    of_queries, is_shared = role.startswith("q"), config.qk_norm
+    heads = config.queries_per_kv_head if of_queries and not is_shared else 1
     cleared = weight.clone()
-    borrowed_rows(cleared, config.head_dim, heads, count).zero_()
+    borrowed_rows(cleared, config.head_dim, heads, borrowed.queries if of_queries else int(borrowed.keys)).zero_()
     return cleared
 
 

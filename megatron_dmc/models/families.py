@@ -14,6 +14,9 @@ from typing import Any
 DMC_PREFIX = "dmc_"
 """Of the model type of compressed models."""
 
+ADAPTER_NAMES = {"decision_norm": "dms_proj_alpha_norm.weight", "decision": "dms_proj_alpha.weight"}
+"""Tensors of an adapter, as the code of DMS calls them: they lie beside the projection of the queries."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -24,6 +27,7 @@ class Family:
         name: the family under which its models go on (``ModelConfig.family``, checkpoints, exports).
         architecture: class of transformers for its models; the other classes of that module share the prefix.
         tensor_names: Hugging Face's name of every tensor, by our word for it (``tensors.Part``); ``*`` is the layer.
+            Those of adapters follow (:meth:`tensor_name`).
         qk_norm: queries and keys pass through an RMSNorm of their own before they are rotated.
         stated: settings that ``config.json`` must state, because transformers would fill in others.
         fixed: settings of this family alone that must be absent or have one of these values; the first is written.
@@ -36,6 +40,13 @@ class Family:
     qk_norm: bool = False
     stated: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def tensor_name(self, role: str) -> str:
+        """Hugging Face's name of a tensor."""
+        if role in ADAPTER_NAMES:
+            beside, _, _ = self.tensor_names["q"].removesuffix(".weight").rpartition(".")
+            return f"{beside}.{ADAPTER_NAMES[role]}"
+        return self.tensor_names[role]
 
     @property
     def dmc_model_type(self) -> str:
@@ -58,8 +69,6 @@ LLAMA = Family(
         "q": "model.layers.*.self_attn.q_proj.weight",
         "k": "model.layers.*.self_attn.k_proj.weight",
         "v": "model.layers.*.self_attn.v_proj.weight",
-        "decision_norm": "model.layers.*.self_attn.dms_proj_alpha_norm.weight",
-        "decision": "model.layers.*.self_attn.dms_proj_alpha.weight",
         "attention_output": "model.layers.*.self_attn.o_proj.weight",
         "mlp_norm": "model.layers.*.post_attention_layernorm.weight",
         "gate": "model.layers.*.mlp.gate_proj.weight",

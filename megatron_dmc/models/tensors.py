@@ -19,7 +19,7 @@ from megatron_dmc.models.fusion import Layout, MegatronShape
 
 
 class Part(NamedTuple):
-    """One tensor of Hugging Face: our word for it, the key of ``Family.tensor_names``, and its shape in letters."""
+    """One tensor of Hugging Face: our word for it, which ``Family.tensor_name`` takes, and its shape in letters."""
 
     role: str
     shape: tuple[str, ...]
@@ -118,10 +118,10 @@ def entries(config: ModelConfig) -> list[Entry]:
     rows = [row for row in ROWS if row.flag is None or getattr(config, row.flag)]
     if config.tie_word_embeddings:
         rows = [row for row in rows if row.megatron != OUTPUT_LAYER]
-    names = family_of(config.family).tensor_names
+    family = family_of(config.family)
 
     def entry(row: Row, layer: int | None) -> Entry:
-        return Entry(row, layer, tuple(_numbered(names[part.role], layer) for part in row.parts))
+        return Entry(row, layer, tuple(_numbered(family.tensor_name(part.role), layer) for part in row.parts))
 
     first_layer_row = next(index for index, row in enumerate(rows) if row.per_layer)
     before, after = rows[:first_layer_row], [row for row in rows[first_layer_row:] if not row.per_layer]
@@ -138,7 +138,7 @@ def by_hf_name(config: ModelConfig) -> dict[str, tuple[Entry, int]]:
 
 def hf_name(config: ModelConfig, role: str, layer: int | None = None) -> str:
     """Hugging Face's name of a tensor, by our word for it and its layer."""
-    return _numbered(family_of(config.family).tensor_names[role], layer)
+    return _numbered(family_of(config.family).tensor_name(role), layer)
 
 
 def check_names(given: Iterable[str], expected: Iterable[str], what: str) -> None:

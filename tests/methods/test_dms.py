@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.methods import DMS, Dense, dms
+from megatron_dmc.methods.step import Ranks
 from megatron_dmc.ops.borrowed import FIRST_QUERY
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.rope import apply_rope, inverse_frequencies
@@ -147,6 +148,23 @@ def test_documents_are_computed_as_if_alone(decided_by: str, decision_source: st
     case = make_case(30, window_size=3, decided_by=decided_by, decision_source=decision_source, hard=False)
     case.documents = [[0, 7, 8, 19], [0, 25]]
     assert_same(case.whole, case.plain, case.inputs)
+
+
+@EVERY_FORM
+def test_ranks_may_hold_chunks_of_the_queries(decided_by: str, decision_source: str) -> None:
+    """Context parallelism: logits are read where the queries are, decisions are those of the whole sequence."""
+    case = make_case(32, window_size=3, decided_by=decided_by, decision_source=decision_source)
+    local = torch.cat([torch.arange(0, 8), torch.arange(24, 32)])
+    frequencies = inverse_frequencies(16, ROPE_THETA)
+    geometry = Geometry(32, 2, frequencies, query_starts=[0, 24], num_queries=16)
+    logits = dms.read_logits(case.q_SBND, 2, case.adapter_SBG, case.settings)
+    whole = (case.k_SBGD, case.v_SBGD, logits)
+    ranks = Ranks(whole_sequence=lambda x: next(tensor for tensor in whole if tensor[local].equal(x)))
+    here = (tensor[local] for tensor in case.inputs[:3])
+    found = DMS(case.settings).whole(*here, geometry, adapter_SBG=case.adapter_SBG[local], ranks=ranks)
+    expected = case.whole(*case.inputs)[local]
+    torch.testing.assert_close(found.output, expected, rtol=0, atol=OUTPUT[torch.float64])
+    assert len(found.decisions.logits) == 32
 
 
 def test_nothing_is_borrowed_where_an_adapter_decides() -> None:

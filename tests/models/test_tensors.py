@@ -1,5 +1,7 @@
 """The table against the names that transformers and Megatron really use."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -24,10 +26,22 @@ def test_transformers_names_and_shapes(variant):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 def test_a_family_names_every_tensor_of_its_block_once(family):
-    roles = {part.role for row in ROWS if row.flag is None or getattr(family, row.flag) for part in row.parts}
+    roles = {part.role for row in ROWS if row.flag is None or getattr(family, row.flag, False) for part in row.parts}
     assert family.tensor_names.keys() == roles
     assert len(set(family.tensor_names.values())) == len(roles)
     assert FAMILIES[family.name].name == family.name
+
+
+def test_an_adapter_lies_beside_the_queries():
+    names = by_hf_name(dataclasses.replace(TINY, adapter=True))
+    assert [name for name in names if "dms" in name][:2] == [
+        "model.layers.0.self_attn.dms_proj_alpha_norm.weight",
+        "model.layers.0.self_attn.dms_proj_alpha.weight",
+    ]
+    entry, _ = names["model.layers.3.self_attn.dms_proj_alpha.weight"]
+    assert entry.megatron_name == "decoder.layers.3.self_attention.decision.weight"
+    assert entry.hf_shapes(TINY) == ((TINY.num_kv_heads, TINY.hidden_size),)
+    assert len(names) == len(by_hf_name(TINY)) + 2 * TINY.num_layers
 
 
 def test_every_module_with_an_extra_state_has_tensors():

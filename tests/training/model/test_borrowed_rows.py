@@ -10,6 +10,7 @@ from megatron_dmc.training.model.borrowed_rows import clear_borrowed_rows
 
 GROUPS, QUERIES, HEAD_DIM, HIDDEN = 2, 3, 4, 5
 NORMS = ("q_layernorm", "k_layernorm")
+DMC = DMCConfig()
 
 
 def fused_linear(bias):
@@ -19,7 +20,7 @@ def fused_linear(bias):
     return linear
 
 
-def model_of(*linears, norm=False, settings=DMCConfig()):
+def model_of(*linears, norm=False, settings=DMC):
     config = SimpleNamespace(
         num_attention_heads=GROUPS * QUERIES,
         num_query_groups=GROUPS,
