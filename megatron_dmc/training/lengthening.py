@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_dmc.stages import STAGES
 from megatron_dmc.training.flag_parser import FlagParser
 
 CONSTANT = "constant"
@@ -61,10 +62,9 @@ def lengthening(argv: Sequence[str], saved: Mapping[str, Any]) -> Lengthening:
     before = saved.get("train_iters")
     if before is None or given.train_iters is None or given.train_iters == before:
         return Lengthening()
-    remark = (
-        f"the stage began with --train-iters {before}: what rises or fades over it is stretched over "
-        f"{given.train_iters} steps"
-    )
+    stretched = f"what rises or fades over it is stretched over {given.train_iters} steps"
+    paced = "its target goes on rising at the pace of --dmc-steps-per-unit"
+    remark = f"the stage began with --train-iters {before}: {paced if _has_its_own_pace(saved) else stretched}"
     if given.dmc_total_samples is None:
         remark += "; without --dmc-total-samples the data may come in another order from here on"
     # Anything else that differs is for Megatron to refuse.
@@ -77,6 +77,12 @@ def lengthening(argv: Sequence[str], saved: Mapping[str, Any]) -> Lengthening:
             f"--lr-decay-iters {saved.get('lr_decay_iters') or before} to stay on the old one and end at its last rate"
         )
     return Lengthening([OVERRIDE], f"{remark}; the learning rate does not depend on the length")
+
+
+def _has_its_own_pace(saved: Mapping[str, Any]) -> bool:
+    """Whether what changes in the stage depends on its steps, not on its length."""
+    stage = STAGES.get(str(saved.get("dmc_stage")))
+    return stage is not None and stage.raises_target and saved.get("dmc_steps_per_unit") is not None
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:

@@ -59,11 +59,11 @@ def find_teacher(settings: DMCConfig, directory: str | None, student: ModelConfi
     """
     if not _needs_frozen(settings):
         return None
+    wanted = f"give {FLAG} DIR, the plain checkpoint (stage off) that the retrofit began with"
     if directory is None:
-        raise ValueError(
-            f"--dmc-distill {settings.distill} needs a teacher: give {FLAG} DIR, the plain checkpoint (stage off) that "
-            "the retrofit began with"
-        )
+        raise ValueError(f"--dmc-distill {settings.distill} needs a teacher: {wanted}")
+    if not Path(directory).is_dir():
+        raise ValueError(f"{FLAG} {directory}: no such directory; {wanted}")
     from megatron_dmc.checkpoint.guard import examine
     from megatron_dmc.checkpoint.locate import TORCH_DIST
     from megatron_dmc.checkpoint.saved_arguments import read_saved_arguments

@@ -35,6 +35,14 @@ def test_another_length_at_a_constant_rate(length):
     assert "another order" not in ordered.remark
 
 
+@pytest.mark.parametrize(("stage", "goes_on"), [("retrofit", True), ("zero_out", False)])
+def test_a_target_with_a_pace_of_its_own_is_not_stretched(stage, goes_on):
+    saved = SAVED | {"dmc_steps_per_unit": 100.0, "dmc_stage": stage}
+    remark = lengthening([*USUAL, "--train-iters", "4"], saved).remark
+    assert ("at the pace of --dmc-steps-per-unit" in remark) == goes_on
+    assert ("stretched over 4 steps" in remark) != goes_on
+
+
 def test_a_falling_rate_is_for_the_user_to_decide():
     falling = [*USUAL, "--lr-decay-style", "cosine", "--train-iters", "4"]
     saved = SAVED | {"lr_decay_style": "cosine"}

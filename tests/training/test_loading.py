@@ -1,5 +1,6 @@
 """A run loads what was checked, and a flag that would load something else is refused by name."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,20 @@ def test_only_files_that_were_checked_are_opened(checked):
     (directory / "more.distcp").write_bytes(b"x")
     with pytest.raises(ValueError, match="not one of the files"):
         checked.open(directory / "more.distcp")
+
+
+def test_a_teachers_files_are_opened_beside_them(checked, tmp_path):
+    shutil.copytree(checked.location.root, tmp_path / "teacher")
+    teacher = examine(tmp_path / "teacher")
+    file = teacher.location.directory / ".metadata"
+    Confinement(checked, teacher).open(file).close()
+    with pytest.raises(ValueError, match="not one of the files"):
+        Confinement(checked).open(file)
+    file.touch()
+    with pytest.raises(ValueError, match="changed after it was checked"):
+        Confinement(checked, teacher).open(file)
+    with pytest.raises(ValueError, match="was checked"):
+        Confinement(checked, teacher).check_choice(str(teacher.location.root), ARGS)
 
 
 @pytest.mark.parametrize("change", ["replaced", "rewritten", "touched"])

@@ -59,7 +59,7 @@ def test_its_numbers_may_be_stored_in_another_type(base):
 def test_a_teacher_must_be_plain_and_in_the_layout_that_is_read(legacy, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="no torch_dist checkpoint"):
         find_teacher(DISTILLED, str(legacy.parent), None)
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(ValueError, match="--dmc-teacher .*nothing: no such directory; give --dmc-teacher DIR"):
         find_teacher(DISTILLED, str(tmp_path / "nothing"), None)
 
 

@@ -92,6 +92,7 @@ def on_a_rank(reverse):
     return [x.detach().numpy() for x in (*found, student.grad)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("ranks", [2, 6])
 def test_ranks_share_the_vocabulary(ranks, reverse, tmp_path):
