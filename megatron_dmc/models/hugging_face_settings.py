@@ -89,7 +89,8 @@ def check_settings(given: Mapping[str, Any], family: Family, ignored: Collection
     Raises:
         ValueError: a setting at a value that is not supported, or an unknown one with a value.
     """
-    fixed = {name: FIXED_SETTINGS[name] for name in FIXED_SETTINGS.keys() - family.harmless} | dict(family.fixed)
+    fixed = {**FIXED_SETTINGS, **family.fixed}
+    fixed = {name: allowed for name, allowed in fixed.items() if name not in family.harmless}
     _check_fixed(given, fixed)
     known = READ_SETTINGS | HARMLESS_SETTINGS | fixed.keys() | set(family.harmless)
     notes, refused = [], []
