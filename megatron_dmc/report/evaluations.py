@@ -15,6 +15,7 @@ INTERVAL = 1.96
 """Standard errors on both sides of a mean: 95% of a normal distribution."""
 TEXT_METRICS = {
     "perplexity": "perplexity",
+    "perplexity_ratio": "perplexity / the reference's",
     "mean_kl": "mean KL from the reference\n[nats per token]",
     "top1_agreement": "same most likely token\nas the reference",
 }

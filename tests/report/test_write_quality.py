@@ -20,6 +20,8 @@ def evaluation(ratio, perplexity, kl=None, length=512):
         else {
             "perplexity": perplexity,
             "perplexity_standard_error": 0.1,
+            "perplexity_ratio": perplexity / 10,
+            "perplexity_ratio_standard_error": 0.01,
             "mean_kl": kl,
             "mean_kl_standard_error": 0.02,
             "top1_agreement": 0.9,
@@ -82,7 +84,7 @@ def files(tmp_path):
 
 def test_lines_of_methods(files):
     panels = lines(read_measured(files), "text_512")
-    assert list(panels)[:2] == ["perplexity", "mean KL from the reference\n[nats per token]"]
+    assert list(panels)[:2] == ["perplexity", "perplexity / the reference's"]
     perplexity = panels["perplexity"]
     assert perplexity.keys() == {"DMC (20,000,000 tokens trained)", "TOVA (not trained)", "dense (training not stated)"}
     points = perplexity["DMC (20,000,000 tokens trained)"]
@@ -106,13 +108,13 @@ def test_a_page_with_pictures(files, tmp_path, capsys):
     text = (tmp_path / "out" / "quality.md").read_text()
     assert all(f"]({picture})" in text for picture in pictures)
     held = "| DMC (20,000,000 tokens trained) | decode | 4.00 | 64.0 | 4.0 KiB "
-    assert f"{held}| 10.5000 ± 0.1960 | 0.3000 ± 0.0392 | 0.9000 |" in text
-    assert "| dense (training not stated) | decode | 1.00 | 256.0 | 4.0 KiB | 10.0000 ± 0.1960 |  |  |" in text
+    assert f"{held}| 10.5000 ± 0.1960 | 1.0500 ± 0.0196 | 0.3000 ± 0.0392 | 0.9000 |" in text
+    assert "| dense (training not stated) | decode | 1.00 | 256.0 | 4.0 KiB | 10.0000 ± 0.1960 |  |  |  |" in text
     assert "| decode | 4.00 | 256.0 | 2.0 KiB | 0.7500 ± 0.0980 |" in text
     assert "| teacher-forced | 3.50 | 200.0 | 2.0 KiB | 0.4000 ± 0.0392 |  |" in text
     assert "| decode | 3.50 | 200.0 | 2.0 KiB |  | 0.2500 |" in text
     stored = json.loads((tmp_path / "out" / "quality.json").read_text())["results"]
-    assert len(stored) == 3 * 4 + 1 + 1 + 2
+    assert len(stored) == 4 * 4 + 1 + 1 + 2
 
 
 def test_what_it_refuses(files, tmp_path, capsys):
