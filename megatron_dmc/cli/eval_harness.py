@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,9 +95,15 @@ def ask(args: argparse.Namespace, asked: Asked, opened: OpenedModel, tokenizer: 
 
 
 def _scorer(args: argparse.Namespace, opened: OpenedModel) -> Scorer:
-    from megatron_dmc.evaluation.harness.continuations import Scorer
+    """The model, if a batch of usual texts fits beside it."""
+    from megatron_dmc.evaluation.harness.continuations import TOKENS_AT_ONCE, Scorer
     from megatron_dmc.evaluation.scores import Storage
+    from megatron_dmc.inference.memory_need import Need
 
+    memory = opened.memory
+    workspace = memory.workspace(TOKENS_AT_ONCE, args.max_sequences)
+    need = Need(memory.weights, memory.cache([TOKENS_AT_ONCE]), workspace)
+    print(need.require(opened.device_memory, "take --dtype bfloat16 or a smaller model"), file=sys.stderr)
     storage = Storage(opened.block_size, opened.kv_format.name)
     return Scorer(opened.load(), args.path, args.max_sequences, storage)
 

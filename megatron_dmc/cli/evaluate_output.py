@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from megatron_dmc.evaluation.greedy_match import GreedyMatch
     from megatron_dmc.evaluation.perplexity import Evaluation, PathResult
 
-AGAINST_HEADS = ("positions", "perplexity", "reference", "mean KL", "max KL", "same top token")
+PERPLEXITIES = ("perplexity", "reference_perplexity", "perplexity_ratio")
+AGAINST_HEADS = ("positions", "perplexity", "reference", "their ratio", "mean KL", "max KL", "same top token")
 
 
 def lines_of(evaluation: Evaluation, match: GreedyMatch | None) -> list[str]:
@@ -75,7 +76,7 @@ def _span_row(span: Span) -> tuple[str, ...]:
     figures = span.to_dict()
     return (
         f"{span.start}..{span.end - 1}",
-        *(f"{figures[n]:.3f} +- {figures[n + '_standard_error']:.3f}" for n in ("perplexity", "reference_perplexity")),
+        *(f"{figures[n]:.3f} +- {figures[n + '_standard_error']:.3f}" for n in PERPLEXITIES),
         f"{span.kl.mean:.5f} +- {span.kl.standard_error:.5f}",
         f"{span.max_kl:.3f}",
         f"{span.same_top.mean:.2%}",

@@ -34,6 +34,8 @@ class Span(NamedTuple):
     loss: Estimate
     """Of the model, nats per token."""
     reference_loss: Estimate
+    excess_loss: Estimate
+    """The model's minus the reference's, sequence by sequence: texts differ far more than the two do."""
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON."""
@@ -47,6 +49,8 @@ class Span(NamedTuple):
             "top1_agreement_standard_error": self.same_top.standard_error,
             **_perplexity("", self.loss),
             **_perplexity("reference_", self.reference_loss),
+            "perplexity_ratio": perplexity_of(self.excess_loss.mean),
+            "perplexity_ratio_standard_error": perplexity_of(self.excess_loss.mean) * self.excess_loss.standard_error,
         }
 
 
@@ -82,7 +86,8 @@ class ReferenceSums:
 
         def span(start: int, end: int) -> Span:
             here = slice(start, end)
-            means = (Estimate.of(x_NS[:, here].mean(dim=1)) for x_NS in (same_top_NS, loss_NS, reference_NS))
+            values = (same_top_NS, loss_NS, reference_NS, loss_NS - reference_NS)
+            means = (Estimate.of(x_NS[:, here].mean(dim=1)) for x_NS in values)
             kl = Estimate.of(kl_NS[:, here].mean(dim=1))
             return Span(start, end, kl, kl_NS[:, here].max().item(), *means)
 

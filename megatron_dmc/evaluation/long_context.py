@@ -74,7 +74,7 @@ class TaskResult:
     @property
     def score(self) -> Estimate:
         """Over all questions."""
-        return Estimate.of(torch.tensor([answer.score for answer in self.answers]))
+        return Estimate.of(torch.tensor([answer.score for answer in self.answers], dtype=torch.float64))
 
     @property
     def usage(self) -> CacheUsage:

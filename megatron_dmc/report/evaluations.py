@@ -15,6 +15,7 @@ INTERVAL = 1.96
 """Standard errors on both sides of a mean: 95% of a normal distribution."""
 TEXT_METRICS = {
     "perplexity": "perplexity",
+    "perplexity_ratio": "perplexity / the reference's",
     "mean_kl": "mean KL from the reference\n[nats per token]",
     "top1_agreement": "same most likely token\nas the reference",
 }
@@ -38,7 +39,7 @@ class Measured:
     """One number of one result file.
 
     Attributes:
-        chart: what is compared together: texts of one length, or the tasks of one length.
+        chart: what is compared together: texts of one length, tasks of one length, or benchmarks.
         metric: name of the panel.
         line: method, with the tokens that it was trained on.
         path: ``decode`` or ``teacher-forced``.
@@ -62,7 +63,7 @@ def read_measured(paths: Sequence[Path]) -> list[Measured]:
     for path in paths:
         result = read_json(path, finite=False)
         try:
-            one = [*_texts(result), *_tasks(result)]
+            one = [*_texts(result), *_tasks(result), *_benchmarks(result)]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is a result of an older release or damaged ({error}): measure again") from error
         if not one:
@@ -125,3 +126,28 @@ def _tasks(result: Mapping[str, Any]) -> Iterator[Measured]:
             task["bytes_at_the_end"],
         )
         yield Measured(f"tasks_{task['length']}", task["task"], line_name(result), "decode", point)
+
+
+def _benchmarks(result: Mapping[str, Any]) -> Iterator[Measured]:
+    """Of ``eval``: the first metric of each benchmark; of one that is several tasks, their mean."""
+    found = result.get("standard_tasks")
+    if not found:
+        return
+    groups = found["groups"]
+    alone = {
+        name: task for name, task in found["tasks"].items() if not any(name.startswith(f"{group}_") for group in groups)
+    }
+    cache = found["cache"]
+    heads = len(cache["per_layer_and_kv_head"]["entries"]) * len(cache["per_layer_and_kv_head"]["entries"][0])
+    for name, task in {**groups, **alone}.items():
+        metric = next(key for key in task["metrics"] if "_stderr" not in key)
+        error = task["metrics"].get(metric.replace(",", "_stderr,"))
+        point = Point(
+            cache["compression_ratio"],
+            task["metrics"][metric],
+            INTERVAL * error if isinstance(error, float) else math.nan,
+            cache["entries"] / cache["num_sequences"] / heads,
+            cache["bytes"] / cache["num_sequences"],
+        )
+        path = found["path_of_texts" if metric.startswith(("exact_match", "pass@1")) else "path_of_scores"]
+        yield Measured("benchmarks", f"{name}, {metric.split(',')[0]}", line_name(result), path, point)

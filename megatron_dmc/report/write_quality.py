@@ -15,9 +15,10 @@ from megatron_dmc.support.units import binary_bytes
 
 HEADS = ("method", "path", "compression ratio", "entries per head", "cache")
 NOTE = (
-    "The ratio of texts is that of the mean number of resident entries over all positions, that of tasks is taken at "
-    "the end of the answers: methods are to be compared at equal ratios. Intervals are over sequences or questions of "
-    "one data set and one training run."
+    "The ratio of texts is that of the mean number of resident entries over all positions, that of tasks and "
+    "benchmarks is taken at the end of the answers: compare methods at equal ratios. Intervals are over sequences or "
+    "questions of one data set and one training run, by a normal distribution: too narrow for a few of them. The ratio "
+    "to the reference's perplexity is paired, text by text."
 )
 
 
@@ -42,14 +43,21 @@ def write_quality(results: Sequence[Path], output: Path) -> Path:
     page = ["# Quality over compression ratio", "", NOTE, ""]
     for chart in dict.fromkeys(one.chart for one in measured):
         picture = f"quality_{chart}.png"
-        kind, length = chart.split("_")
-        title = "tokens of text" if kind == "text" else "tokens of prompt and answer"
-        quality_figure(output / picture, f"{int(length):,} {title}", lines(measured, chart))
+        title = _title(chart)
+        quality_figure(output / picture, title, lines(measured, chart))
         table = _table([one for one in measured if one.chart == chart])
-        page += [f"## {int(length):,} {title}", "", f"![{picture}]({picture})", "", *table, ""]
+        page += [f"## {title}", "", f"![{picture}]({picture})", "", *table, ""]
     write_json(output / "quality.json", {"results": [asdict(one) for one in measured]})
     write_text(output / "quality.md", "\n".join(page))
     return output / "quality.md"
+
+
+def _title(chart: str) -> str:
+    """What was read: ``text_512`` -> 512 tokens of text."""
+    kind, _, length = chart.partition("_")
+    if not length:
+        return "Benchmarks"
+    return f"{int(length):,} tokens of {'text' if kind == 'text' else 'prompt and answer'}"
 
 
 def _table(measured: Sequence[Measured]) -> list[str]:

@@ -15,6 +15,7 @@ RIGHT = {
     "--num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --vocab-size 99 "
     "--tokenizer-type NullTokenizer",
     "evaluate": "evaluate --model hf --data data/test --seq-length 16 --sequences 2 --batch-size 2",
+    "eval": "eval --model hf --tasks passkey --lengths 128 --depths 1",
     "generate": "generate --model hf --prompt hello --max-new-tokens 3",
     "chat": "chat --model hf --chat-template template.jinja --max-new-tokens 3",
     "data prepare": "data prepare text.jsonl --tokenizer hf --output new --workers 1",
@@ -58,6 +59,9 @@ OTHERS = """--seq-length 0|--seq-length 99999|--sequences 0|--sequences 99999999
 --n 0|--n 2|--logprobs 2|--logprobs -1|--prompt-logprobs|--prefill-chunk 0|--prefill-chunk 1|--memory-fraction 0
 --memory-fraction 1|--memory-fraction x|--system be|--chat-template text.jsonl|--chat-template nowhere|--seed x
 --num-blocks 0|--max-sequences 0|--output hf
+--reference none|--reference nowhere|--reference hf|--reference base|--lengths 8,16|--lengths 0|--lengths x
+--match-tokens 3|--match-tokens -1|--match-prompts 0|--tokens-trained -1|--tasks piqa|--tasks chess|--depths 0|--seeds x
+--data-dir data|--limit 0|--chat
 --output data|--output text.jsonl|--output /proc/none/x|--workers 0|--workers x|--split 1,1|--split 0,0,0|--split x
 --json-key nothing|--skip-bad-lines|--overwrite|--dry-run|--max-memory 3|--max-memory much|--layout none
 --dtype float99|--transformer-impl none|--no-hashes|--ignore-setting x|--num-kv-heads 3|--kv-dtype int4"""
@@ -92,7 +96,7 @@ def command_lines(count: int, seed: int) -> list[list[str]]:
 
 def _with_slips(words: list[str], kind: str, source: random.Random) -> list[str]:
     extra = MEGATRON.replace("\n", "|").split("|") if kind.startswith("train") else _taken_by(kind)
-    first = 1 if kind.startswith(("train", "evaluate", "generate", "chat", "report")) else 2
+    first = 1 if kind.startswith(("train", "eval", "generate", "chat", "report")) else 2
     for _ in range(source.randint(1, 3)):
         at = source.randrange(first, len(words))
         slip = source.choice(("more", "more", "more", "drop", "typo", "value", "twice"))

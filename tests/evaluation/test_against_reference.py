@@ -58,6 +58,7 @@ def test_both_paths_against_the_definitions(small_buckets, monkeypatch, at_once)
                 (span.same_top, same),
                 (span.loss, loss),
                 (span.reference_loss, reference_loss),
+                (span.excess_loss, loss - reference_loss),
             ):
                 means_N = values[here].mean(dim=0)
                 assert found.mean == pytest.approx(means_N.mean().item(), rel=1e-4)

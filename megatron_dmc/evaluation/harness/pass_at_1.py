@@ -42,7 +42,7 @@ def pass_at_1(
     outcomes = [
         run_program(program(question, request.text)) for question, request in zip(questions, requests, strict=True)
     ]
-    passed = Estimate.of(torch.tensor([float(outcome.passed) for outcome in outcomes]))
+    passed = Estimate.of(torch.tensor([outcome.passed for outcome in outcomes], dtype=torch.float64))
     return {
         "metrics": {"pass@1,none": passed.mean, "pass@1_stderr,none": passed.standard_error},
         "num_questions": len(questions),

@@ -66,7 +66,7 @@ def read_task(name: str, data: Path) -> list[TaskFile]:
     path = Path(name) if name.endswith(SUFFIXES) else SHIPPED / f"{name}.yaml"
     config = _config(path)
     files = config.pop("dataset_kwargs")["data_files"]
-    fields = config.get("metadata", {}).get("fields", [])
+    fields = config["metadata"].get("fields", [])
     tasks = []
     for subject in _subjects(files, data):
         own = copy.deepcopy(config)
@@ -96,6 +96,11 @@ def _config(path: Path) -> dict[str, Any]:
     files = config["dataset_kwargs"].get("data_files") if isinstance(config["dataset_kwargs"], dict) else None
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{path} lacks dataset_kwargs.data_files: give the JSON file of each split, below --data-dir")
+    for split, file in files.items():
+        if not isinstance(file, str) or Path(file).is_absolute():
+            raise ValueError(f"{path} gives {file!r} as the file of {split}: give one path below --data-dir")
+    if not isinstance(config.setdefault("metadata", {}), dict):
+        raise ValueError(f"{path} gives {config['metadata']!r} as metadata: give fields, or leave it out")
     named = [config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")]
     absent = [split for split in named if split is not None and split not in files]
     if absent:
@@ -130,13 +135,13 @@ def read_records(path: Path, fields: list[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: no JSON, no record, or a record without one of ``fields``.
     """
-    text = read_bounded(path, DATA_BYTES).decode("utf-8")
     try:
+        text = read_bounded(path, DATA_BYTES).decode("utf-8")
         if text.lstrip().startswith("["):
             records = json.loads(text)
         else:
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON, one object a line or one list of objects: {error}") from error
     if not records:
         raise ValueError(f"{path} holds no record")

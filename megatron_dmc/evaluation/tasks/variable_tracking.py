@@ -20,7 +20,7 @@ class VariableTracking(Task):
     """Which variables have the value?"""
 
     name = "variable_tracking"
-    max_new_tokens = 48
+    max_new_tokens = 80
 
     def draft(self, random: Random, depth: float) -> Draft:
         """See :meth:`Task.draft`; the links of the chain stand at depths of their own, in order."""
@@ -34,8 +34,8 @@ class VariableTracking(Task):
         return Draft(
             introduction="Follow the chain of variables that are assigned in the following text.",
             haystack=lambda count: "\n".join(hide(lines.first(count), places)),
-            question=f"Which variables have the value {value} in the text? There are {len(names)}.",
-            answer_prefix=f"The variables that have the value {value} are",
+            question=f"Find all variables that are assigned the value {value}, at once or by way of another variable.",
+            answer_prefix=f"{len(names)} variables are assigned the value {value}. They are: VAR",
             answers=tuple(names),
         )
 

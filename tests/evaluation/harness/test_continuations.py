@@ -63,6 +63,7 @@ def test_a_greedy_continuation_is_said_to_be_greedy(path):
     ]
 
 
+@pytest.mark.slow
 def test_against_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the reference is transformers' own Llama")
     write_model(tmp_path / "model")

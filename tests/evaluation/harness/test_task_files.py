@@ -55,6 +55,9 @@ def test_a_missing_field_is_named(tmp_path, field):
     [
         (TASK | {"dataset_kwargs": {}}, "lacks dataset_kwargs.data_files"),
         (TASK | {"dataset_kwargs": 3}, "lacks dataset_kwargs.data_files"),
+        (TASK | {"dataset_kwargs": {"data_files": {"test": ["a", "b"]}}}, "give one path below --data-dir"),
+        (TASK | {"dataset_kwargs": {"data_files": {"test": "/a/{subject}"}}}, "give one path below --data-dir"),
+        (TASK | {"metadata": 3}, "gives 3 as metadata"),
         (TASK | {"test_split": "train"}, "names the split train, for which data_files has no file"),
         (TASK | {"test_split": None}, "lacks test_split"),
         ("[1, 2]", "is no task file"),
@@ -78,10 +81,11 @@ def test_task_files_that_do_not_do(tmp_path, task, message):
         ('{"question": "a", "answer": 1}\n7\n', "record 2 lacks question, answer"),
         ("{", "is no JSON"),
         ("", "holds no record"),
+        (b"\xff\xfe{}", "is no JSON"),
     ],
 )
 def test_records_that_do_not_do(tmp_path, text, message):
-    (tmp_path / "mine.jsonl").write_text(text)
+    (tmp_path / "mine.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         read_task(write_task(tmp_path, TASK), tmp_path)
 
