@@ -20,6 +20,7 @@ from megatron_dmc.checkpoint.hf_directory import HuggingFaceDirectory
 from megatron_dmc.models.borrowed_channel import borrowed_by, without_borrowed_channels
 from megatron_dmc.models.families import family_of
 from megatron_dmc.models.hugging_face_settings import HARMLESS_SETTINGS
+from megatron_dmc.models.published_dms import plain_settings
 from megatron_dmc.models.tensors import by_hf_name, hf_name
 from megatron_dmc.ops.borrowed import NO_HEAD
 
@@ -37,7 +38,9 @@ class TransformersModel:
         module = importlib.import_module(f"{architectures.__name__}.{prefix.lower()}.modeling_{prefix.lower()}")
         self._layer, self._norm = getattr(module, prefix + "DecoderLayer"), getattr(module, prefix + "RMSNorm")
         others = _NOT_MODEL_SETTINGS.union(HARMLESS_SETTINGS, ignored_settings)
-        settings = {name: value for name, value in self._files.config_json.items() if name not in others}
+        settings = {
+            name: value for name, value in plain_settings(self._files.config_json).items() if name not in others
+        }
         self._config = getattr(module, prefix + "Config").from_dict(settings, attn_implementation="eager")
         self._rotary = getattr(module, prefix + "RotaryEmbedding")(self._config)
         self.num_layers = self._config.num_hidden_layers

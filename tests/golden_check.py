@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_dmc.config import BF16_IMPORTANCE_EPSILON, DMCConfig
 from megatron_dmc.methods import dmc, dms
 from megatron_dmc.ops import decisions, kv_pooling, masked_attention
+from megatron_dmc.ops.borrowed import ADAPTER_SCALE
 from megatron_dmc.ops.cache_update.reference import decode
 from megatron_dmc.ops.compressed_attention import Weights
 from megatron_dmc.ops.compressed_attention.reference import compressed_attention as plain_attention
@@ -127,7 +128,7 @@ def _whole_dms(tensors: Tensors, window: int) -> dict[str, Tensor]:
     q, k, v = (inputs[name].permute(2, 0, 1, 3) for name in ("query", "key", "value"))
     logits = inputs["decision_logits"].permute(2, 0, 1)
     geometry = Geometry(len(k), k.shape[1], torch.zeros(k.shape[-1] // 2))
-    adapter, no_noise = logits / decisions.ADAPTER_SCALE, torch.zeros_like(logits)
+    adapter, no_noise = logits / ADAPTER_SCALE, torch.zeros_like(logits)
     soft, hard = (
         dms.DMS(config).whole(q, k, v, geometry, adapter_SBG=adapter, noise=noise).output.permute(1, 2, 0, 3)
         for noise in (lambda heads: no_noise, None)

@@ -14,6 +14,7 @@ from megatron_dmc.models.config import DTYPES, ModelConfig
 from megatron_dmc.models.fusion import Cut
 from megatron_dmc.models.hugging_face import parse_family, parse_hf_config, read_config_json
 from megatron_dmc.models.hugging_face_settings import check_settings
+from megatron_dmc.models.published_dms import plain_settings
 from megatron_dmc.models.tensors import by_hf_name, check_names, hf_name
 from megatron_dmc.support.element_types import ELEMENT_TYPES, ElementType
 
@@ -66,7 +67,8 @@ class HuggingFaceDirectory:
         self.directory = directory
         self.config_json = read_config_json(directory)
         config, self.dmc = parse_hf_config(self.config_json, ignored_settings)
-        self.notes = check_settings(self.config_json, parse_family(self.config_json), ignored_settings)
+        settings = plain_settings(self.config_json)
+        self.notes = check_settings(settings, parse_family(settings), ignored_settings)
         token_ids(directory)
         self.notes += [
             f"config.json: {name}=-1 stands for none" for name in TOKEN_IDS if self.config_json.get(name) == -1

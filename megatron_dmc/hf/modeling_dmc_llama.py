@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
 from transformers.utils import can_return_tuple
 
+from megatron_dmc.hf.adapter import adapter_output, add_adapter
 from megatron_dmc.hf.cache_dmc_llama import DMCCache
 from megatron_dmc.hf.columns import shown_columns
 from megatron_dmc.hf.configuration_dmc_llama import DMCLlamaConfig
@@ -36,14 +36,7 @@ _MODES = (
 
 
 class DMCLlamaAttention(LlamaAttention):
-    """Llama's projections around attention over packed tokens, and the adapter of a model that has one."""
-
-    def __init__(self, config: DMCLlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.has_adapter = config.shape().adapter
-        if self.has_adapter:
-            self.dms_proj_alpha_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.dms_proj_alpha = torch.nn.Linear(config.hidden_size, config.num_key_value_heads, bias=False)
+    """Llama's projections around attention over packed tokens."""
 
     def forward(
         self, hidden_states: Tensor, *, dmc_attention: Attention, dmc_hidden: Tensor, **unused: Any
@@ -59,15 +52,8 @@ class DMCLlamaAttention(LlamaAttention):
                 f"{k.shape[-2]} of {whole} KV heads are here: transformers' tp_plan does not share out the cache; use "
                 "torchrun with megatron-dmc generate"
             )
-        adapter = self._adapt(dmc_hidden[0]) if self.has_adapter else None
+        adapter = adapter_output(self, dmc_hidden[0])
         return self.o_proj(dmc_attention(self.layer_idx, q, k, v, adapter).flatten(-2)).unsqueeze(0), None
-
-    def _adapt(self, hidden_TH: Tensor) -> Tensor:
-        """float32 [T, G]: see ``Decoder``."""
-        norm = self.dms_proj_alpha_norm
-        weight_H = norm.weight.float()
-        normed_TH = F.rms_norm(hidden_TH.float(), weight_H.shape, weight_H, norm.variance_epsilon)
-        return F.linear(normed_TH, self.dms_proj_alpha.weight.float())
 
 
 class OwnAttention:
@@ -84,9 +70,10 @@ class DMCLlamaModel(OwnAttention, LlamaModel):
 
     def __init__(self, config: DMCLlamaConfig) -> None:
         super().__init__(config)
+        self.shape, self.method = config.shape(), method_of(config.settings())
         for index, layer in enumerate(self.layers):
             layer.self_attn = DMCLlamaAttention(config, index)
-        self.shape, self.method = config.shape(), method_of(config.settings())
+            add_adapter(layer.self_attn, self.shape)
         self.post_init()
 
     @torch.compiler.disable(reason="a compressed cache has lengths that only the tokens decide")

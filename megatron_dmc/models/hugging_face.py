@@ -14,6 +14,7 @@ from megatron_dmc.config import DMCConfig, has_adapter
 from megatron_dmc.models.config import ModelConfig, require
 from megatron_dmc.models.families import DMC_PREFIX, Family, family_of
 from megatron_dmc.models.hugging_face_settings import check_settings
+from megatron_dmc.models.published_dms import plain_settings, published_settings
 from megatron_dmc.ops.rope_scaling import ROPE_TYPES, RopeScaling
 
 CONFIG_BYTES_LIMIT = 1 << 20
@@ -22,7 +23,7 @@ CONFIG_BYTES_LIMIT = 1 << 20
 def parse_hf_config(
     source: Mapping[str, Any] | str | Path, ignored_settings: Collection[str] = ()
 ) -> tuple[ModelConfig, DMCConfig | None]:
-    """Read ``config.json`` as transformers 4 and 5 write it for the families that are known.
+    """Read ``config.json`` as transformers 4 and 5 write it for the families that are known, or the code of DMS.
 
     Args:
         source: the parsed mapping, the path of a ``config.json``, or of a directory that holds one.
@@ -36,12 +37,14 @@ def parse_hf_config(
             in a way that is not supported. The message names it.
     """
     given = dict(source) if isinstance(source, Mapping) else read_config_json(Path(source))
+    published = published_settings(given)
+    given = plain_settings(given)
     family = parse_family(given)
     check_settings(given, family, ignored_settings)
     heads = _number(given, "num_attention_heads", int)
     hidden_size = _number(given, "hidden_size", int)
     theta, scaling = _parse_rope(given)
-    dmc = _parse_dmc(given)
+    dmc = _parse_dmc(given) or published
     config = ModelConfig(
         hidden_size=hidden_size,
         num_layers=_number(given, "num_hidden_layers", int),

@@ -1,4 +1,7 @@
-"""Which heads lend their last channel to decisions, among the query heads of a KV head and its key head."""
+"""Which heads lend their last channel to decisions, among the query heads of a KV head and its key head.
+
+And what an adapter is scaled by, which decides where none does.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +23,6 @@ FIRST_QUERY = Borrowed(1, False)
 """DMS without an adapter."""
 NO_HEAD = Borrowed(0, False)
 """DMS with an adapter, and whatever decides nothing."""
+
+ADAPTER_SCALE = 100.0
+"""Factor of an adapter's output (code of [DMS]): its weights start at zero and move little at a small learning rate."""

@@ -13,10 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.borrowed import ADAPTER_SCALE
 from megatron_dmc.ops.precision import accumulation_dtype
-
-ADAPTER_SCALE = 100.0
-"""Factor of an adapter's output (code of [DMS]): its weights start at zero and move little at a small learning rate."""
 
 
 def decision_logits(k_SBGD: Tensor, decision_bias: float) -> Tensor:
