@@ -38,9 +38,8 @@ class TransformersModel:
         module = importlib.import_module(f"{architectures.__name__}.{prefix.lower()}.modeling_{prefix.lower()}")
         self._layer, self._norm = getattr(module, prefix + "DecoderLayer"), getattr(module, prefix + "RMSNorm")
         others = _NOT_MODEL_SETTINGS.union(HARMLESS_SETTINGS, ignored_settings)
-        settings = {
-            name: value for name, value in plain_settings(self._files.config_json).items() if name not in others
-        }
+        plain = plain_settings(self._files.config_json)
+        settings = {name: value for name, value in plain.items() if name not in others}
         self._config = getattr(module, prefix + "Config").from_dict(settings, attn_implementation="eager")
         self._rotary = getattr(module, prefix + "RotaryEmbedding")(self._config)
         self.num_layers = self._config.num_hidden_layers
