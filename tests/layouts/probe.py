@@ -145,6 +145,7 @@ def record_gradients(record: Record, watched: int = 0) -> None:
                 is_split = getattr(parameter, "tensor_model_parallel", False)
                 record.split_dimension[name] = parameter.partition_dim if is_split else None
                 record.weights[name] = parameter.detach().float().numpy().copy()
+                assert hasattr(parameter, "main_grad") == parameter.requires_grad, f"{name}: a buffer for nothing"
                 if step == watched and parameter.requires_grad:
                     record.gradients[name] = parameter.main_grad.float().numpy().copy()
 

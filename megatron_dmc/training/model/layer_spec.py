@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models.gpt import default_layer_spec
 
 from megatron_dmc.config import DMCConfig, has_adapter
@@ -16,9 +17,13 @@ from megatron_dmc.training.model.norm import DMCRMSNorm
 
 
 def with_compressing_attention(layer_spec: ModuleSpec, settings: DMCConfig) -> ModuleSpec:
-    """A copy of a GPT layer spec whose self-attention is ours; linears and norms stay."""
+    """A copy of a GPT layer spec whose self-attention is ours; linears and norms stay.
+
+    Where there is an adapter the layer is ours too.
+    """
     layer_spec = copy.deepcopy(layer_spec)
     if has_adapter(settings):
+        assert layer_spec.module is TransformerLayer
         layer_spec.module = AdapterLayer
     attention = layer_spec.submodules.self_attention
     attention.module = DMCSelfAttention

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.methods import DMC, Dense
+from megatron_dmc.methods import DMC, DMS, Dense
 from megatron_dmc.ops.geometry import Geometry
 from megatron_dmc.ops.rope import inverse_frequencies
 from megatron_dmc.training.model.attention import MethodCoreAttention
@@ -75,6 +75,29 @@ def test_zero_out_fades_and_decides_nothing():
     output = layer(DMCConfig(stage="zero_out"))(q, k, v, None, attention_bias=faded)
     assert torch.equal(output, Dense(0.3).whole(q, k, v, GEOMETRY).output.flatten(2))
     assert not faded.statistics.decided_B
+
+
+@pytest.mark.parametrize("decided_by", ["own", "next"])
+def test_the_output_of_an_adapter_comes_in_the_keys(decided_by):
+    settings = DMCConfig("dms", decision_source="adapter", decided_by=decided_by, window_size=4)
+    adapter_SBG = 0.05 + 0.1 * torch.randn(S, B, G, generator=torch.Generator().manual_seed(1))
+    evaluated = Microbatch(GEOMETRY)
+    q, k, v = projections()
+    keys = torch.cat([k, adapter_SBG.unsqueeze(-1)], dim=-1)
+    output = layer(settings)(q, keys, v, None, attention_bias=evaluated)
+    expected, decisions = DMS(settings).whole(q, k, v, GEOMETRY, adapter_SBG=adapter_SBG)
+    assert torch.equal(output, expected.flatten(2))
+    assert torch.equal(evaluated.statistics.decided_B[2], decisions.taken.sum(dim=(0, 2)))
+    assert evaluated.statistics.decided_B[2].min() > 0
+
+
+@pytest.mark.parametrize("settings", [DMCConfig(), DMCConfig("dms", window_size=4), DMCConfig(stage="zero_out")])
+def test_the_teacher_decides_nothing_and_lends_no_channel(settings):
+    students = microbatch(neuron_scale=0.3, observer=pytest.fail)
+    q, k, v = projections()
+    output = layer(settings)(q, k, v, None, attention_bias=students.for_teacher())
+    assert torch.equal(output, Dense().whole(q, k, v, GEOMETRY).output.flatten(2))
+    assert not students.statistics.decided_B
 
 
 def test_ranks_of_tensor_parallelism_draw_the_noise_of_their_own_heads():
