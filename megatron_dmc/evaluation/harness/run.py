@@ -17,9 +17,8 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRAN
 
 
 def go_offline() -> None:
-    """Nothing that the harness imports may download; to be called before it is imported. We show progress ourselves."""
+    """Nothing that the harness imports may download; to be called before it is imported."""
     os.environ.update(dict.fromkeys(OFFLINE, "1"))
-    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def run_harness(
