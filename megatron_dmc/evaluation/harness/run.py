@@ -17,9 +17,8 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRAN
 
 
 def go_offline() -> None:
-    """Nothing that the harness imports may download; to be called before it is imported. We show progress ourselves."""
+    """Nothing that the harness imports may download; to be called before it is imported."""
     os.environ.update(dict.fromkeys(OFFLINE, "1"))
-    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def run_harness(
@@ -41,7 +40,7 @@ def run_harness(
     logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
     found = simple_evaluate(
         model=model,
-        tasks=[_with_data(task) for task in tasks],
+        tasks=[with_data(task) for task in tasks],
         task_manager=TaskManager(include_defaults=False),
         limit=limit,
         num_fewshot=num_fewshot,
@@ -62,8 +61,8 @@ def run_harness(
     return {"lm_eval": importlib.metadata.version("lm_eval"), "tasks": results, "groups": _groups(tasks, results)}
 
 
-def _with_data(task: TaskFile) -> dict[str, Any]:
-    """The task as the harness takes it, which is handed its records instead of where to find them."""
+def with_data(task: TaskFile) -> dict[str, Any]:
+    """A task as the harness takes it, which is handed its records instead of where to find them."""
     from datasets import Dataset
 
     def records(**_: Any) -> dict[str, Any]:

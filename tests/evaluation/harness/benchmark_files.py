@@ -8,7 +8,7 @@ GSM8K = {"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"}
 ARC = {"question": "Which is hot?", "choices": {"text": ["sun", "ice"], "label": ["A", "B"]}, "answerKey": "A"}
 HELLASWAG = {
     "activity_label": "Cooking",
-    "ctx_a": "A man cooks. [title] He",
+    "ctx_a": "A man cooks [title] He",
     "ctx_b": "then",
     "endings": ["eats [step] it.", " flies.", "sleeps.", "swims."],
     "label": "0",

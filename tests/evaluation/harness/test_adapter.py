@@ -11,15 +11,18 @@ from megatron_dmc.cli import main
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.data.tokenizer import load_tokenizer
 from megatron_dmc.evaluation.harness.continuations import Scorer
-from megatron_dmc.evaluation.harness.run import go_offline
+from megatron_dmc.evaluation.harness.run import go_offline, with_data
+from megatron_dmc.evaluation.harness.task_files import read_task
 from megatron_dmc.inference.decoder.decoder import Decoder
-from tests.evaluation.harness.benchmark_files import write_benchmarks
+from tests.evaluation.harness.benchmark_files import HELLASWAG, WINOGRANDE, write_benchmarks
 from tests.inference.model_directory import TEXT, write_model
 
 go_offline()
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra [eval]) is not installed")
 
-from lm_eval.api.instance import Instance  # noqa: E402 -- the variables that keep it offline come first
+from datasets import Dataset  # noqa: E402 -- the variables that keep them offline come first
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 from megatron_dmc.evaluation.harness.adapter import CompressedLM  # noqa: E402
 
@@ -117,6 +120,28 @@ def test_texts_end_where_the_task_says(adapter):
     assert adapter._request("def", {"do_sample": True, "temperature": 0.7}).sampling.temperature == 0.7
     cut = adapter._request(TEXT, {"max_gen_toks": 24}).prompt
     assert cut == adapter._tokenizer.encode(TEXT)[-1000:]
+
+
+def shipped(name, data):
+    """A shipped task as the harness builds it, and the first document that it asks about."""
+    (task,) = read_task(name, data)
+    built = TaskManager(include_defaults=False).load([with_data(task)])["tasks"][name]
+    return built, next(iter(built.eval_docs))
+
+
+def test_jinja_says_what_the_harness_computes_in_python(tmp_path):
+    hellaswag = pytest.importorskip("lm_eval.tasks.hellaswag.utils", reason="this release keeps it elsewhere")
+    winogrande = pytest.importorskip("lm_eval.tasks.winogrande.preprocess_winogrande", reason="as above")
+    data = write_benchmarks(tmp_path)
+    task, doc = shipped("hellaswag", data)
+    (expected,) = hellaswag.process_docs(Dataset.from_list([HELLASWAG]))
+    assert task.doc_to_text(doc) == expected["query"] == "Cooking: A man cooks. He Then"
+    assert task.doc_to_choice(doc) == expected["choices"]
+    assert task.doc_to_target(doc) == expected["gold"]
+    task, doc = shipped("winogrande", data)
+    assert task.doc_to_text(doc) == winogrande.doc_to_text(WINOGRANDE) == 1
+    assert task.doc_to_choice(doc) == winogrande.doc_to_choice(WINOGRANDE)
+    assert task.doc_to_target(doc) == winogrande.doc_to_target(WINOGRANDE) == "was small."
 
 
 def test_a_chat_needs_a_template(adapter):
