@@ -48,3 +48,4 @@ done
 program convert export "$run/retrofit" "$run/export" --tokenizer "$model" --overwrite
 program generate --model "$run/export" --prompt "def read_lines(path):" --max-new-tokens 16
 program report "$run"
+program report "$run"/evaluation/*.json --output "$run/quality"

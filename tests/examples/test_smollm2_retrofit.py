@@ -52,22 +52,22 @@ def test_every_call_is_one_that_the_program_takes(calls, tmp_path):
             assert not [flag for flag in others if flag.startswith("--dmc")]
 
 
-def test_stages_follow_one_another(calls, tmp_path):
+def test_one_stage_follows_the_base_and_is_measured_beside_policies(calls, tmp_path):
     run = tmp_path / "run"
     _, made = calls("model", str(run))
-    stages = [call[call.index("--dmc-stage") + 1 :][:3] for call in made if "train" in call]
-    assert stages == [
-        ["zero_out", "--pretrained-checkpoint", str(run / "base")],
-        ["retrofit", "--pretrained-checkpoint", str(run / "zero_out")],
-        ["consolidate", "--pretrained-checkpoint", str(run / "retrofit")],
-    ]
+    (train,) = [call for call in made if "train" in call]
+    assert train[train.index("--dmc-stage") + 1] == "retrofit"
+    assert train[train.index("--pretrained-checkpoint") + 1] == str(run / "base")
+    policies = [call[call.index("--policy") + 1] if "--policy" in call else None for call in made if "evaluate" in call]
+    assert policies == [None, "h2o", "tova"]
+    assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["dms.json", "h2o.json", "tova.json"]
 
 
 def test_data_and_base_that_exist_are_not_made_again(calls, tmp_path):
     (tmp_path / "run" / "data").mkdir(parents=True)
     (tmp_path / "run" / "base").mkdir()
     _, made = calls("model", str(tmp_path / "run"))
-    assert [call[2] for call in made[:2]] == ["evaluate", "train"]
+    assert [call[2] for call in made[:2]] == ["train", "evaluate"]
 
 
 def test_usage_without_a_model(calls):
