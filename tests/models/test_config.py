@@ -184,6 +184,12 @@ def test_a_qwen_has_the_biases_of_its_family(published, refused):
         parse_hf_config({**published, "attention_bias": refused})
 
 
+def test_what_other_programs_call_the_biases_of_qwen2_changes_nothing():
+    assert parse_hf_config({**QWEN25_7B, "qkv_bias": True}) == parse_hf_config(QWEN25_7B)
+    with pytest.raises(ValueError, match="qkv_bias=True is not supported"):
+        parse_hf_config({**QWEN3_8B, "qkv_bias": True})
+
+
 @pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim", "max_position_embeddings"])
 def test_what_transformers_would_fill_in_for_a_qwen_must_be_stated(name):
     with pytest.raises(ValueError, match=f"{name} is missing"):
