@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.layouts.agreement import compare
-from tests.layouts.cases import BFLOAT16, LAYOUTS, WHOLE_SEGMENT
+from tests.layouts.cases import ADAPTER, BFLOAT16, DISTILLED, LAYOUTS, WHOLE_SEGMENT
 
 STEPS = 3
 
@@ -41,3 +41,12 @@ def test_layout_bfloat16_agrees(laboratory, layout):
     print(agreement)
     assert agreement.curve <= LOSS
     assert agreement.gradient <= compare(alone, full).gradient
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("variant", [DISTILLED, ADAPTER], ids=["frozen_teacher", "adapters"])
+@pytest.mark.parametrize("layout", ["tp2_sp_pp2", "dp2_tp2_distributed_optimizer"])
+def test_layout_bfloat16_with_a_teacher(laboratory, variant, layout):
+    where = LAYOUTS[layout]
+    half = laboratory.train(variant, where.ranks, (*where.switches, "--bf16"), train_iters=STEPS)
+    assert 0 < compare(half, laboratory.reference(variant, STEPS)).curve <= LOSS
