@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Teaches SmolLM2-135M-Instruct on a CPU to evict three quarters of its cache (DMS), from import to report; README.md shows
-# what it prints.
+# Teaches SmolLM2-135M-Instruct on a CPU to evict three of four tokens from its cache (DMS), from import to report;
+# README.md shows what it prints.
 #   examples/smollm2/retrofit.sh SmolLM2-135M-Instruct runs/smollm2 [flags of Megatron, such as --bf16]
 # The same command continues: a step whose output is complete is left out or returns at once.
 set -euo pipefail
@@ -15,9 +15,9 @@ program() { "${PYTHON:-python}" -m megatron_dmc "$@"; }
 
 # Sequences of 256 tokens, 2 a step. Tokens stay for 32 positions whatever was decided.
 length=256 batch=2 window=32
-target=${TARGET_CR:-4} pace=${STEPS_PER_UNIT:-50} steps=${RETROFIT_STEPS:-200}
+target=${TARGET_CR:-4} pace=${STEPS_PER_UNIT:-50} steps=${RETROFIT_STEPS:-150}
 # One order of the data for the whole recipe, with room to go on.
-total=${TOTAL_SAMPLES:-$((batch * steps))}
+total=${TOTAL_SAMPLES:-2000}
 
 # measure NAME MODEL FLAG...: 16 held-out sequences in float32, beside the same weights without compression.
 measure() {
@@ -25,7 +25,7 @@ measure() {
   shift 2
   mkdir -p "$run/evaluation"
   program evaluate --model "$measured" --data "$run/data/test" --seq-length "$length" --sequences 16 --dtype float32 \
-    --reference none --json "$@" > "$run/evaluation/$name.part"
+    --reference none --match-tokens 32 --json "$@" > "$run/evaluation/$name.part"
   mv "$run/evaluation/$name.part" "$run/evaluation/$name.json"
 }
 
@@ -38,12 +38,13 @@ program train --dmc-stage retrofit --dmc-method dms --dmc-decision-source adapte
   --pretrained-checkpoint "$run/base" --save "$run/retrofit" --save-interval "$pace" \
   --train-data-path "$run/data/train" --data-cache-path "$run/cache" --eval-iters 0 --seq-length "$length" \
   --micro-batch-size "$batch" --global-batch-size "$batch" --train-iters "$steps" --dmc-total-samples "$total" \
-  --lr "${LEARNING_RATE:-5e-5}" --lr-decay-style constant "$@"
+  --lr "${LEARNING_RATE:-1e-4}" --lr-decay-style constant "$@"
 
-# Whole sequences and decoding through the cache, which must agree; then policies that need no training.
+# Whole sequences and decoding through the cache, which must agree; then policies that need no training, whose budget
+# gives as many resident entries on average as the model above at its ratio of 4.
 measure dms "$run/retrofit" --tokens-trained "$((length * batch * steps))"
 for policy in h2o tova; do
-  measure "$policy" "$run/base" --path decode --policy "$policy" --budget "${BUDGET:-88}" --tokens-trained 0
+  measure "$policy" "$run/base" --path decode --policy "$policy" --budget "${BUDGET:-63}" --tokens-trained 0
 done
 program convert export "$run/retrofit" "$run/export" --tokenizer "$model" --overwrite
 program generate --model "$run/export" --prompt "def read_lines(path):" --max-new-tokens 16

@@ -41,14 +41,16 @@ class Measured:
     Attributes:
         chart: what is compared together: texts of one length, tasks of one length, or benchmarks.
         metric: name of the panel.
-        line: method, with the tokens that it was trained on.
+        method: whose line it is a point of.
+        tokens: that the model was trained on; None: not stated.
         path: ``decode`` or ``teacher-forced``.
         point: the number.
     """
 
     chart: str
     metric: str
-    line: str
+    method: str
+    tokens: int | None
     path: str
     point: Point
 
@@ -72,24 +74,36 @@ def read_measured(paths: Sequence[Path]) -> list[Measured]:
     return found
 
 
-def line_name(result: Mapping[str, Any]) -> str:
-    """A method, and the tokens that it was trained on as far as that was said."""
-    tokens = result.get("tokens_trained")
-    name = result.get("name") or "unnamed"
-    if tokens is None:
-        return f"{name} (training not stated)"
-    return f"{name} ({amount(tokens, 'tokens')} trained)" if tokens else f"{name} (not trained)"
+def trained(tokens: Sequence[int | None]) -> str:
+    """What is said of the training of one or several models."""
+    stated = sorted({count for count in tokens if count is not None})
+    if not stated or None in tokens:
+        return "training not stated"
+    if stated == [0]:
+        return "not trained"
+    if len(stated) == 1:
+        return f"{amount(stated[0], 'tokens')} trained"
+    return f"{stated[0]:,} to {amount(stated[-1], 'tokens')} trained"
 
 
 def lines(measured: Sequence[Measured], chart: str) -> dict[str, dict[str, list[Point]]]:
-    """Metric -> line -> its points by ratio, of one chart."""
+    """Metric -> line -> its points by ratio, of one chart: a line for every method, with the tokens of its points."""
+    of_chart = [one for one in measured if one.chart == chart]
+    tokens: dict[str, list[int | None]] = {}
+    for one in of_chart:
+        tokens.setdefault(one.method, []).append(one.tokens)
     panels: dict[str, dict[str, list[Point]]] = {}
-    for one in measured:
-        if one.chart == chart:
-            panels.setdefault(one.metric, {}).setdefault(one.line, []).append(one.point)
+    for one in of_chart:
+        line = f"{one.method} ({trained(tokens[one.method])})"
+        panels.setdefault(one.metric, {}).setdefault(line, []).append(one.point)
     for points in (points for panel in panels.values() for points in panel.values()):
         points.sort()
     return panels
+
+
+def _model(result: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Method and tokens trained."""
+    return result.get("name") or "unnamed", result.get("tokens_trained")
 
 
 def _texts(result: Mapping[str, Any]) -> Iterator[Measured]:
@@ -112,7 +126,7 @@ def _texts(result: Mapping[str, Any]) -> Iterator[Measured]:
                     path["mean_resident_bytes"],
                 )
                 chart = f"text_{evaluation['seq_length']}"
-                yield Measured(chart, meaning, line_name(result), name.replace("_", "-"), point)
+                yield Measured(chart, meaning, *_model(result), name.replace("_", "-"), point)
 
 
 def _tasks(result: Mapping[str, Any]) -> Iterator[Measured]:
@@ -125,7 +139,7 @@ def _tasks(result: Mapping[str, Any]) -> Iterator[Measured]:
             task["entries_at_the_end"],
             task["bytes_at_the_end"],
         )
-        yield Measured(f"tasks_{task['length']}", task["task"], line_name(result), "decode", point)
+        yield Measured(f"tasks_{task['length']}", task["task"], *_model(result), "decode", point)
 
 
 def _benchmarks(result: Mapping[str, Any]) -> Iterator[Measured]:
@@ -150,4 +164,4 @@ def _benchmarks(result: Mapping[str, Any]) -> Iterator[Measured]:
             cache["bytes"] / cache["num_sequences"],
         )
         path = found["path_of_texts" if metric.startswith(("exact_match", "pass@1")) else "path_of_scores"]
-        yield Measured("benchmarks", f"{name}, {metric.split(',')[0]}", line_name(result), path, point)
+        yield Measured("benchmarks", f"{name}, {metric.split(',')[0]}", *_model(result), path, point)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_dmc.report import words
-from megatron_dmc.report.evaluations import Measured, lines, read_measured
+from megatron_dmc.report.evaluations import Measured, lines, read_measured, trained
 from megatron_dmc.report.requirements import require_matplotlib
 from megatron_dmc.support.files import write_json, write_text
 from megatron_dmc.support.units import binary_bytes
@@ -67,7 +67,7 @@ def _table(measured: Sequence[Measured]) -> list[str]:
     for one in measured:
         point = one.point
         held = "no cache on this path" if point.bytes_held is None else binary_bytes(int(point.bytes_held))
-        key = (one.line, one.path, f"{point.ratio:.2f}", f"{point.entries:.1f}", held)
+        key = (f"{one.method} ({trained([one.tokens])})", one.path, f"{point.ratio:.2f}", f"{point.entries:.1f}", held)
         interval = "" if math.isnan(point.half_interval) else f" ± {point.half_interval:.4f}"
         rows.setdefault(key, {})[one.metric] = f"{point.value:.4f}{interval}"
     heads = [*HEADS, *(metric.replace("\n", " ") for metric in metrics)]
