@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-EXTRAS := hf,plot,data,dev
+EXTRAS := hf,plot,data,eval,dev
 
 .PHONY: setup quickstart test test-quick test-slow lint types bench clean
 
