@@ -32,22 +32,29 @@ QUIET = "#6b7280"
 
 
 def training_figure(path: Path, title: str, retrofit: Curve, control: Curve | None) -> None:
-    """LM loss of retrofit and control, and the compression ratio beside its target, over the steps of all stages."""
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH_INCHES, 6.5), layout="constrained")
+    """LM loss, KL from a teacher where there was one, and compression ratio over the steps of all stages."""
+    taught = retrofit.of("distillation_loss")
+    panels = 3 if taught[0] else 2
+    size = (WIDTH_INCHES, 0.5 + 3.0 * panels)
+    figure, (top, *middle, bottom) = plt.subplots(panels, 1, sharex=True, figsize=size, layout="constrained")
     set_title(figure, title)
-    losses = [_line(top, retrofit.of("lm_loss"), "DMC", COMPRESSED, values=False)]
+    losses = [_line(top, retrofit.of("lm_loss"), "retrofit", COMPRESSED, values=False)]
     if control is not None:
         losses.append(_line(top, control.of("lm_loss"), "control", UNCOMPRESSED, values=False))
     _label_ends(top, losses)
     top.set_ylabel("LM loss, running mean\n[nats per token]")
+    for axes in middle:
+        _label_ends(axes, [_line(axes, taught, "retrofit", COMPRESSED, values=False)])
+        axes.set_ylabel("KL from the teacher, running mean\n[nats per token]")
+        axes.set_ylim(bottom=0)
     ratios = [
         _line(bottom, retrofit.of("target_cr"), "target", QUIET, linestyle="--"),
         _line(bottom, retrofit.of("measured_cr"), "measured", COMPRESSED),
     ]
     _label_ends(bottom, ratios)
-    bottom.set_ylabel("compression ratio\n[tokens per cache entry]")
+    bottom.set_ylabel("compression ratio\n[tokens per token that appends or stays]")
     bottom.set_xlabel("training steps since the start of the retrofit")
-    for axes in (top, bottom):
+    for axes in (top, *middle, bottom):
         axes.margins(x=0.01)
         _mark_stages(axes, retrofit.borders, names=axes is top)
     save(figure, path)
@@ -111,7 +118,7 @@ def cache_figure(path: Path, title: str, tokens: Sequence[int], entries: Sequenc
     above = int(0.8 * (len(tokens) - 1))
     name = "uncompressed: one entry per token"
     _label(axes, name, (tokens[above], tokens[above]), (-8, 4), UNCOMPRESSED, ha="right")
-    name = f"DMC: {entries[-1]:.0f} entries after {tokens[-1]} tokens"
+    name = f"compressed: {entries[-1]:.0f} entries after {tokens[-1]} tokens"
     _label(axes, name, (tokens[-1], entries[-1]), (-8, 10), COMPRESSED, ha="right")
     save(figure, path)
 
