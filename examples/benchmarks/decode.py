@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.benchmarks.measure import Row, add_output_argument, median_ratio, report, timed
+from examples.benchmarks.measure import SMOLLM2_135M, Row, add_output_argument, median_ratio, report, timed
 from examples.benchmarks.synthetic_cache import bytes_per_step, fill, head_lengths, waste
 from megatron_dmc.checkpoint.source import open_source
 from megatron_dmc.config import DMCConfig
@@ -59,16 +59,7 @@ class Scale:
 
 
 FULL = Scale(
-    shape={
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
+    shape={**SMOLLM2_135M, "max_position_embeddings": 32768},
     contexts=(128, 512, 2048),
     batches=(1, 8),
     prompt=2048,

@@ -27,6 +27,19 @@ from megatron_dmc.support.files import write_json
 PACKAGES = ("megatron-dmc", "torch", "megatron-core", "transformers", "triton", "numpy")
 PACKAGES += ("flashinfer-python", "flash-attn-3", "fa3-fwd")
 
+SMOLLM2_135M: dict[str, Any] = {
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+"""A real model's shape, as transformers' ``LlamaConfig`` takes it, for random weights."""
+
 
 @dataclass(frozen=True)
 class Row:

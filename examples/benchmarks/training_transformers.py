@@ -22,22 +22,11 @@ import numpy as np
 
 from checkpoints_convert.hf_to_megatron import import_checkpoint
 from checkpoints_convert.options import Options
-from examples.benchmarks.measure import Row, add_output_argument, median_ratio, report
+from examples.benchmarks.measure import SMOLLM2_135M, Row, add_output_argument, median_ratio, report
 from examples.benchmarks.training_sides import CLIP, LEARNING_RATE
 from megatron_dmc.data.indexed import IndexedWriter
 from megatron_dmc.models.hugging_face import read_config_json
 
-SMOLLM2_135M = {
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100000.0,
-    "tie_word_embeddings": True,
-}
 STAGES = ("off", "zero_out", "retrofit")
 DTYPES = ("float32", "bfloat16")
 WARM_UP = 2
